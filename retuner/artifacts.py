@@ -14,22 +14,6 @@ class Facts(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataFile(Facts):
-    relpath: str
-    path: Path
-    size: int
-    md5: str
-
-
-class Dataset(Facts):
-    """DVC-tracked files whose bytes have just been hashed and found to be what data.dvc names."""
-
-    md5: str
-    """DVC's name for the whole, `<32 hex>.dir` for a folder."""
-    dvc_file: str
-    files: tuple[DataFile, ...]
-
-
 class BaseFacts(Facts):
     """`fetch_base`: config.json, generation_config.json, model*.safetensors, tokenizer files, chat template."""
 
@@ -126,6 +110,8 @@ class VersionFacts(Facts):
     model_name: str
     model_version: int
     run_id: str
+    experiment_id: str
+    """Of the MLflow run."""
     adapter_sha256: str
     decision: Decision
 

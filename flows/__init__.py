@@ -1,0 +1,1 @@
+"""The sentences: what follows what, and the command line that says them."""

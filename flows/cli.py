@@ -1,0 +1,398 @@
+"""`retuner VERB ...`: the command line. Everything heavy is imported by the verb that needs it."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from retuner.errors import Refused, RetunerError
+from retuner.runtime import load_runtime
+
+app = typer.Typer(
+    help="Retrain Phi-3 LoRA adapters on a schedule, and prove where each one came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Look at the data before it is trained on.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ParamsFile = Annotated[Path, typer.Argument(help="A file such as params/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.lora.rank=16.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Version = Annotated[str, typer.Argument(help="A version number, or NAME@ALIAS, NAME/NUMBER.")]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="The registered model; needed when there are several.")
+]
+Because = Annotated[str, typer.Option("--because", help="Why; kept in the audit log.")]
+
+
+@app.callback()
+def options(
+    home: Annotated[Path | None, typer.Option(help="Where everything a run leaves lies.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's; SQLite under --home if unset.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
+) -> None:
+    for name, value in {
+        "HOME": home,
+        "DEVICE": device,
+        "TRACKING_URI": tracking_uri,
+        "LOG_LEVEL": log_level,
+    }.items():
+        if value is not None:
+            # Through the environment, so that servers and workers that we start see the same.
+            os.environ[f"RETUNER_{name}"] = str(value)
+
+
+@app.command()
+def run(params: ParamsFile, set_: Overrides = [], as_json: AsJson = False, debug: Debug = False) -> None:
+    """Run the whole pipeline; stages whose result is there are not run again."""
+    from flows.receipts import answer_from_receipt
+
+    runtime = load_runtime()
+    if (summary := answer_from_receipt(params, tuple(set_), runtime)) is None:
+        from flows.run import run_pipeline
+
+        summary = run_pipeline(params, tuple(set_), runtime)
+        if not as_json:
+            from flows.console import show_summary
+
+            show_summary(summary, str(params))
+    elif not as_json:
+        from flows.receipts import show_nothing_to_do
+
+        show_nothing_to_do(summary)
+    if as_json:
+        _print_json(summary)
+    if not summary["gate"]["passed"]:
+        raise typer.Exit(3)
+
+
+@app.command()
+def why(params: ParamsFile, set_: Overrides = [], as_json: AsJson = False, debug: Debug = False) -> None:
+    """Say for each stage whether it would be cached and, if not, what changed."""
+    from dataclasses import asdict
+
+    from flows.cached import reasons
+    from retuner.params import load
+    from tasks.context import open_context
+
+    told = reasons(open_context(load(params, tuple(set_)), load_runtime()))
+    if as_json:
+        _print_json({"stages": [asdict(reason) for reason in told]})
+        return
+    for reason in told:
+        print(f"{reason.stage:<11} {reason.state:<8} {(reason.fingerprint or '')[:12]}")
+        for change in reason.changes:
+            print(f"{'':<12}{change}")
+
+
+@app.command()
+def accept(
+    params: ParamsFile,
+    stage: Annotated[str, typer.Option(help="The stage whose code changed.")],
+    because: Because,
+    set_: Overrides = [],
+    debug: Debug = False,
+) -> None:
+    """Keep a stage's result although its code changed: the change is known not to alter it."""
+    from flows.cached import accept_code_change
+    from retuner.params import load
+    from tasks.context import open_context
+
+    source = accept_code_change(open_context(load(params, tuple(set_)), load_runtime()), stage, because)
+    print(
+        f"{stage}: the result made under {source[:12]} is served from now on; the acceptance is kept with it"
+    )
+
+
+@app.command()
+def compare(
+    a: Version, b: Version, model: ModelName = None, as_json: AsJson = False, debug: Debug = False
+) -> None:
+    """Two versions side by side, with intervals and the prompts whose answers changed."""
+    from flows.versions import compare_versions, model_named, version_named
+
+    runtime = load_runtime()
+    name = model_named(runtime, model)
+    numbers = [version_named(runtime, name, version) for version in (a, b)]
+    comparison = compare_versions(runtime, name, *numbers)
+    if as_json:
+        _print_json(comparison.model_dump(mode="json"))
+        return
+    from rich.console import Console
+
+    from retuner.compare import render
+
+    Console(highlight=False).print(render(comparison, *(f"{name} v{number}" for number in numbers)))
+
+
+@app.command()
+def promote(
+    version: Version,
+    model: ModelName = None,
+    expect_current: Annotated[
+        str, typer.Option(help="The version to be replaced: a number, `none`, or `any`.")
+    ] = "any",
+    because: Because = "",
+    force: Annotated[bool, typer.Option(help="Although its gate said no; needs --because.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Put a version into production, after checking every byte of it."""
+    from flows.versions import model_named, version_named
+    from retuner import promotion
+
+    runtime = load_runtime()
+    name = model_named(runtime, model)
+    number = version_named(runtime, name, version)
+    expected = _expected_version(expect_current)
+    done = promotion.promote(runtime, name, number, expected, because, _person(), force)
+    _say_promotion(done, as_json)
+
+
+@app.command()
+def rollback(
+    model: ModelName = None, because: Because = "", as_json: AsJson = False, debug: Debug = False
+) -> None:
+    """Put the previous version back into production."""
+    from flows.versions import model_named
+    from retuner import promotion
+
+    runtime = load_runtime()
+    done = promotion.rollback(runtime, model_named(runtime, model), because, _person())
+    _say_promotion(done, as_json)
+
+
+@app.command()
+def history(model: ModelName = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Who put what into production, from the audit log; says when production was changed elsewhere."""
+    from dataclasses import asdict
+
+    from flows.versions import history_lines, model_named
+    from retuner import promotion
+
+    runtime = load_runtime()
+    name = model_named(runtime, model)
+    told = promotion.history(runtime, name)
+    if as_json:
+        _print_json({"model_name": name, **asdict(told)})
+        return
+    for line in [*history_lines(told.entries), *told.notes]:
+        print(line)
+    print(f"{name}: production is version {told.production}, previous is {told.previous}")
+
+
+@app.command()
+def replay(version: Version, model: ModelName = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Make a version again from its lineage alone, and compare the bytes."""
+    from flows.console import Terminal
+    from flows.replay import replay as make_again
+    from flows.versions import model_named, version_named
+
+    runtime = load_runtime()
+    name = model_named(runtime, model)
+    terminal = Terminal()
+    try:
+        made = make_again(runtime, name, version_named(runtime, name, version), terminal)
+    finally:
+        terminal.close()
+    if as_json:
+        _print_json(
+            {
+                "same": made.same,
+                "registered_sha256": made.registered_sha256,
+                "replayed_sha256": made.replayed_sha256,
+                "differences": list(made.differences),
+            }
+        )
+    else:
+        for line in made.differences:
+            print(f"  {line}")
+        verdict = "the same bytes" if made.same else "other bytes"
+        print(f"{verdict}: registered {made.registered_sha256}, replayed {made.replayed_sha256}")
+    if not made.same:
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    model: ModelName = None,
+    host: Annotated[str, typer.Option(help="Beyond loopback RETUNER_SERVE_TOKEN must be set.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 8000,
+    debug: Debug = False,
+) -> None:
+    """Answer OpenAI-style chat requests with the production adapter; follows its alias."""
+    from flows.versions import model_named
+    from retuner.serving import serve as answer_requests
+
+    runtime = load_runtime()
+    answer_requests(runtime, model_named(runtime, model), host, port)
+
+
+@app.command()
+def schedule(
+    params: ParamsFile,
+    cron: Annotated[str, typer.Option(help="When, e.g. '0 3 * * 1' for Mondays at three (UTC).")],
+    set_: Overrides = [],
+    debug: Debug = False,
+) -> None:
+    """Retrain on a schedule: serves a Prefect deployment until Ctrl-C."""
+    from flows.schedule import schedule as serve_deployment
+
+    serve_deployment(params, tuple(set_), cron, load_runtime(), print)
+
+
+@app.command()
+def ui(
+    mlflow_port: Annotated[int, typer.Option()] = 5000,
+    prefect_port: Annotated[int, typer.Option()] = 4200,
+    debug: Debug = False,
+) -> None:
+    """MLflow's and Prefect's pages on loopback, over this project's stores."""
+    from flows.servers import ui as serve_pages
+
+    serve_pages(load_runtime(), mlflow_port, prefect_port)
+
+
+@app.command()
+def gc(
+    keep: Annotated[
+        int, typer.Option(help="Versions of each model whose results stay, besides aliases.")
+    ] = 5,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Remove stored results that no alias and no recent version was made from."""
+    from dataclasses import asdict
+
+    from flows.collect import collect
+
+    done = collect(load_runtime(), keep, dry_run)
+    if as_json:
+        _print_json(asdict(done))
+        return
+    verb = "would remove" if dry_run else "removed"
+    print(f"{verb} {len(done.removed)} results, {done.freed_bytes / 1e6:.1f} MB; {done.kept} stay")
+
+
+@data_app.command("check")
+def data_check(
+    params: ParamsFile,
+    set_: Overrides = [],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Read, validate and split the data, without keeping anything."""
+    import tempfile
+
+    from retuner.dataset import open_dataset
+    from retuner.params import load
+    from retuner.splits import prepare
+
+    loaded = load(params, tuple(set_))
+    dataset = open_dataset(Path(loaded.data), load_runtime().home / "seen-data.json")
+    with tempfile.TemporaryDirectory() as folder:
+        facts = prepare(Path(folder), dataset, loaded.prepare, Speaker(silent=as_json))
+    if as_json:
+        _print_json({"md5": dataset.md5, **facts.model_dump(mode="json")})
+
+
+class Speaker:
+    """Says lines on stdout, for verbs whose whole output these are."""
+
+    def __init__(self, silent: bool):
+        self.silent = silent
+
+    def say(self, line: str) -> None:
+        if not self.silent:
+            print(line)
+
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        pass
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+
+def _expected_version(text: str) -> Any:
+    if text in ("any", "none"):
+        return None if text == "none" else "any"
+    if text.isdecimal():
+        return int(text)
+    raise Refused(f"--expect-current {text}", "a version number, `none`, or `any`")
+
+
+def _person() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+def _say_promotion(done: Any, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        _print_json({**asdict(done), "already": done.already})
+        return
+    for note in done.notes:
+        print(note)
+    if done.already:
+        print(f"{done.model_name} version {done.version} is in production already")
+    else:
+        instead = f"instead of version {done.replaced}" if done.replaced else "where nothing was before"
+        print(f"{done.model_name} version {done.version} is in production, {instead}")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def main() -> None:
+    """Run the command line and leave with the documented exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+    except RetunerError as error:
+        if debug:
+            raise
+        code = _fail(error)
+    except (typer.Abort, KeyboardInterrupt):
+        print("stopped; the same command goes on from what is finished", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if debug:
+            raise
+        if usage:  # click's own: a wrong argument
+            code = _fail(RetunerError(usage(), do="retuner --help"), code=2)
+        else:
+            code = _fail(
+                RetunerError(f"{type(error).__name__}: {error}", do="this is a defect; --debug shows where")
+            )
+    sys.exit(code or 0)
+
+
+def _fail(error: RetunerError, code: int | None = None) -> int:
+    code = error.exit_code if code is None else code
+    if "--json" in sys.argv:
+        told = {"found": error.found, "expected": error.expected, "do": error.do}
+        _print_json({"error": told, "exit_code": code})
+    print(error, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

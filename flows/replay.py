@@ -1,0 +1,81 @@
+"""Making a registered version again from what it says of itself, and comparing the bytes."""
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flows.cached import differences
+from retuner import registry
+from retuner.dataset import open_dataset
+from retuner.errors import Refused
+from retuner.params import check
+from retuner.runtime import Runtime
+from tasks.context import RunContext, RunObserver
+from tasks.fetch_base import fetch_base
+from tasks.prepare import prepare
+from tasks.step import Step, carry_out
+from tasks.template import template
+from tasks.train import train
+
+
+@dataclass(frozen=True)
+class Replay:
+    registered_sha256: str
+    replayed_sha256: str
+    differences: tuple[str, ...]
+    """What differs between the identities of then and now, stage by stage: why the bytes may differ."""
+
+    @property
+    def same(self) -> bool:
+        return self.registered_sha256 == self.replayed_sha256
+
+
+def replay(runtime: Runtime, model: str, version: int, observer: RunObserver) -> Replay:
+    """Data by its DVC digest, base by its pin, params as stored: everything up to the adapter, in a new store.
+
+    Errors: Refused when the version carries no lineage; Unavailable when its data or base cannot be had.
+    """
+    lineage = registry.fetch_lineage(runtime, model, version)
+    params = check(lineage["params"], f"the lineage of {model} version {version}")
+    if params.base.source == "local":
+        raise Refused(
+            f"{model} version {version} stands on a local base, which only its digest names",
+            "a base from the hub or the package registry",
+            f"put a folder with that digest at {params.base.path} and use `retuner run`",
+        )
+    runtime.home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=runtime.home, prefix="replay-") as place:
+        apart = replace(runtime, home=Path(place, "home"), tracking_uri=f"sqlite:///{place}/mlflow.db")
+        dataset = open_dataset(_data_of(lineage["data"], Path(place, "project")))
+        run = RunContext(params, apart, dataset, observer)
+        told: list[str] = []
+
+        def do(step: Step[Any]) -> Any:
+            then = lineage["stages"][step.stage]["identity"]
+            told.extend(f"{step.stage}: {line}" for line in differences(then, step.identity(run)))
+            return carry_out(run, step)[0]
+
+        base = do(fetch_base(run, params.base))
+        splits = do(prepare(run, dataset, params.prepare))
+        chats = do(template(run, splits, base, params.template))
+        adapter = do(train(run, chats, base, params.train))
+        registered = registry.tags_of(runtime, model, version)["adapter_sha256"]
+        return Replay(registered, adapter.facts.sha256, tuple(told))
+
+
+def _data_of(data: dict[str, str], project: Path) -> Path:
+    """A .dvc file that names just this data, in a DVC repository that shares our cache and remotes."""
+    from dvc.repo import Repo
+
+    with Repo() as here:
+        cache = here.cache.local.path
+        remotes = here.config["remote"]
+        default = here.config["core"].get("remote")
+    project.mkdir(parents=True)
+    with Repo.init(str(project), no_scm=True) as apart, apart.config.edit() as config:
+        config["cache"] = {"dir": cache}
+        config["remote"] = {name: dict(remote) for name, remote in remotes.items()}
+        config["core"]["remote"] = default
+    (project / "data.dvc").write_text(f"outs:\n- md5: {data['md5']}\n  hash: md5\n  path: {data['path']}\n")
+    return project / "data.dvc"

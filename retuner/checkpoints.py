@@ -1,0 +1,115 @@
+"""Checkpoints that are whole or do not count.
+
+    work/staging/          where the Trainer writes; whatever is left there is thrown away at the start
+    work/sealed/step-N/    a checkpoint, its files on the disk before their manifest, both before this name
+    work/broken-step-N*/   a sealed checkpoint whose bytes changed, kept for whoever wants to know why
+
+The Trainer itself would resume from the highest number, valid or not, and without an optimizer, scheduler or
+generator state it goes on silently with another one.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from retuner.files import fsync_folder, fsync_tree, sha256_file, write_whole
+
+MANIFEST = "manifest.json"
+NEEDED = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+}
+"""Without any one of these a resumed run is another run."""
+KEPT = 2
+
+
+class Broken(Exception):
+    """Why a checkpoint may not be resumed from."""
+
+
+def clear_staging(work: Path) -> Path:
+    """An empty folder for the Trainer to write into."""
+    shutil.rmtree(work / "staging", ignore_errors=True)
+    (work / "staging").mkdir(parents=True)
+    return work / "staging"
+
+
+def seal(work: Path, staged: Path, step: int) -> Path:
+    """Publish a checkpoint that the Trainer has written, and let go of all but the newest `KEPT`.
+
+    A process that is killed in between leaves the older checkpoints as they were.
+    """
+    fsync_tree(staged)
+    body = {"step": step, "files": _files(staged)}
+    write_whole(staged / MANIFEST, json.dumps(body, sort_keys=True).encode())
+    sealed = work / "sealed" / f"step-{step}"
+    sealed.parent.mkdir(exist_ok=True)
+    os.rename(staged, sealed)
+    fsync_folder(sealed.parent)
+    for old in _newest_first(work)[KEPT:]:
+        # Out of the way in one go, so that a half-deleted checkpoint is never met.
+        os.rename(old, staged)
+        shutil.rmtree(staged)
+    return sealed
+
+
+def newest_whole(work: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of which every byte is what its manifest says, or None.
+
+    Those that are not are moved aside, and said.
+    """
+    for checkpoint in _newest_first(work):
+        try:
+            _check(checkpoint)
+            return checkpoint
+        except Broken as reason:
+            aside = work / f"broken-{checkpoint.name}-{time.time_ns()}"
+            os.rename(checkpoint, aside)
+            say(f"train: the checkpoint {checkpoint.name} is not used, {reason}; it is set aside in {aside}")
+    return None
+
+
+def _newest_first(work: Path) -> list[Path]:
+    return sorted((work / "sealed").glob("step-*"), key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _check(checkpoint: Path) -> None:
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        step, recorded = manifest["step"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Broken(f"its manifest cannot be read ({error})") from None
+    if step != _step(checkpoint):
+        raise Broken(f"its manifest is that of step {step}")
+    if lacking := sorted(NEEDED - recorded.keys()):
+        raise Broken(f"it was sealed without {', '.join(lacking)}")
+    found = _files(checkpoint)
+    for name in sorted(recorded.keys() | found.keys()):
+        if name not in found:
+            raise Broken(f"{name} is gone")
+        if name not in recorded:
+            raise Broken(f"{name} does not belong to it")
+        if found[name] != recorded[name]:
+            raise Broken(f"the bytes of {name} changed")
+
+
+def _files(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Every file but the manifest: sha256 and size."""
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file())
+    return {
+        path.relative_to(checkpoint).as_posix(): {"sha256": sha256_file(path), "size": path.stat().st_size}
+        for path in files
+        if path.name != MANIFEST
+    }

@@ -1,0 +1,127 @@
+"""TRL's SFTTrainer, told to train on packed rows as they are, to seal its checkpoints and to keep quiet."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from retuner import checkpoints
+from retuner.lora import refuse_not_finite
+from retuner.packing import NO_LOSS, PAD_ID, collator, take_token_count
+from retuner.params import TrainParams
+from retuner.step_log import StepLog
+
+PAD = "<pad>"
+
+
+def row_trainer(
+    model: Any, sequences: Any, params: TrainParams, steps: int, device: str, staging: Path, log: StepLog
+) -> Any:
+    """A Trainer that is ready to `train(resume_from_checkpoint=...)`; it seals checkpoints beside `staging`.
+
+    Its `train` raises RetunerError in the step in which a number stops being finite.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+    from trl import SFTTrainer
+
+    class RowTrainer(SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            log.tokens += take_token_count(inputs)
+            if self.args.device.type != "cpu":
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with self.accelerator.autocast():
+                return supervised_loss(self.model.get_base_model(), inputs, num_items_in_batch)
+
+        def create_model_card(self, *args, **kwargs):
+            """TRL writes one beside every checkpoint."""
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            log.begin(state.log_history)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == steps:
+                # The Trainer, resumed from its last step, would take one more.
+                control.should_save = False
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            if "loss" in logs:  # There is a summary at the end too.
+                log.take(state.log_history[-1])
+
+        def on_save(self, args, state, control, **kwargs):
+            refuse_not_finite(model, state.global_step)
+            staged = staging / f"checkpoint-{state.global_step}"
+            checkpoints.seal(staging.parent, staged, state.global_step)
+
+    # The rows need no tokenizer, only SFTTrainer's constructor does.
+    stub = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({PAD: PAD_ID}, unk_token=PAD)),
+        pad_token=PAD,
+        eos_token=PAD,
+    )
+    trainer = RowTrainer(
+        model=model,
+        args=_arguments(params, steps, device, staging),
+        train_dataset=sequences,
+        data_collator=collator(params.packing, params.attention),
+        processing_class=stub,
+        callbacks=[Watch()],
+    )
+    # Kept, it would be saved in every checkpoint and its token ids written into the model's config.
+    trainer.processing_class = None
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(params: TrainParams, steps: int, device: str, staging: Path) -> Any:
+    from trl import SFTConfig
+
+    arguments = SFTConfig(
+        output_dir=str(staging),
+        seed=params.seed,
+        use_cpu=device == "cpu",
+        bf16=params.precision == "bfloat16",
+        max_steps=steps,
+        per_device_train_batch_size=params.batch_size,
+        gradient_accumulation_steps=params.gradient_accumulation,
+        learning_rate=params.learning_rate,
+        lr_scheduler_type=params.schedule,
+        warmup_steps=math.ceil(steps * params.warmup_fraction),
+        optim=params.optimizer,
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
+        gradient_checkpointing=params.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
+        # Packed and masked already; left to itself TRL would cut rows to 1024 tokens.
+        packing=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=device == "cuda",
+        save_strategy="steps",
+        save_steps=params.checkpoint_every_steps,
+        # Every step is logged to StepLog, which averages. A NaN must show, not be averaged away.
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    # Where several GPUs are visible to one process, SFTTrainer refuses; one is what a run asks for.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def supervised_loss(causal: Any, inputs: dict[str, Any], items: Any) -> Any:
+    """Nats summed over the batch's supervised tokens, divided by `items`.
+
+    Logits are made for supervised positions only. TRL does so on GPUs; on a CPU it makes them for every
+    position, three times over, which with a vocabulary of 49 152 costs a 135M model more than the rest of it.
+    """
+    import torch
+
+    targets = inputs.pop("labels")[:, 1:]
+    supervised = targets != NO_LOSS
+    hidden = causal.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    logits = causal.get_output_embeddings()(hidden[supervised]).float()
+    nats = torch.nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
+    return nats / torch.as_tensor(items).clamp(min=1)

@@ -1,0 +1,62 @@
+from pathlib import Path
+
+from retuner import evaluation, registry, registry_reads
+from retuner.artifacts import Adapter, Base, Chats, ReportFacts
+from retuner.params import EvaluateParams
+from tasks.context import RunContext
+from tasks.step import Step
+
+
+def evaluate(
+    run: RunContext, adapter: Adapter, chats: Chats, base: Base, params: EvaluateParams
+) -> Step[ReportFacts]:
+    """Base, production and new adapter on the same held-out rows."""
+    model_name, train = run.params.register_.model_name, run.params.train
+    incumbent = registry_reads.incumbent(run.runtime, model_name, adapter.facts.sha256)
+
+    def build(out: Path, work: Path) -> ReportFacts:
+        folder = None
+        if incumbent:
+            folder = work / "production"
+            registry.fetch_adapter(run.runtime, model_name, incumbent.version, folder, base)
+        return evaluation.evaluate(
+            out,
+            adapter,
+            chats,
+            base,
+            folder,
+            params,
+            train.precision,
+            train.attention,
+            run.runtime.device,
+            run.observer,
+        )
+
+    return Step(
+        stage="evaluate",
+        code=("retuner.evaluation:evaluate",),
+        libraries=(
+            "evaluate",
+            "numpy",
+            "peft",
+            "rouge-score",
+            "sacrebleu",
+            "tokenizers",
+            "torch",
+            "transformers",
+        ),
+        params={
+            **params.model_dump(mode="json"),
+            "precision": train.precision,
+            "attention": train.attention,
+        },
+        inputs={
+            "adapter": adapter.digest,
+            "chats": chats.digest,
+            "base": base.digest,
+            "production": incumbent.adapter_sha256 if incumbent else None,
+        },
+        uses=(adapter, chats, base),
+        facts=ReportFacts,
+        build=build,
+    )

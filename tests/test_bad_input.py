@@ -1,0 +1,117 @@
+"""Each thing that can be wrong gives its exit code and one message, and loses nothing that was there."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from projects import add_to_dvc, chats, make_project, retuner, write_chats
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("bad") / "project")
+
+
+@pytest.fixture
+def project(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "project"))
+
+
+def new_data(project: Path, rows) -> None:
+    write_chats(project / "data", rows)
+    add_to_dvc(project)
+
+
+def fails(project: Path, code: int, *said: str, arguments=("run", "params.yaml"), **more: str) -> str:
+    done = retuner(project, project / "home", *arguments, **more)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    for part in said:
+        assert part in done.stderr
+    return done.stderr
+
+
+def test_params_that_are_not_there(project):
+    fails(project, 2, "there is no nothing.yaml", arguments=("run", "nothing.yaml"))
+
+
+def test_params_that_are_broken_as_json_too(project):
+    arguments = ("run", "params.yaml", "--set", "train.lora.rnk=3", "--json")
+    done = retuner(project, project / "home", *arguments)
+    assert done.returncode == 2
+    assert "did you mean rank?" in json.loads(done.stdout)["error"]["found"]
+
+
+def test_an_unknown_option_is_refused_input(project):
+    fails(project, 2, "--nonsense", arguments=("run", "params.yaml", "--nonsense"))
+
+
+def test_an_unknown_device(project):
+    fails(project, 2, "tpu", "auto, cpu, cuda", arguments=("--device", "tpu", "run", "params.yaml"))
+
+
+def test_data_that_is_not_what_data_dvc_names(project):
+    write_chats(project / "data", chats(5))
+    fails(project, 2, "data.dvc", "dvc add data", "dvc checkout data")
+
+
+def test_no_data_dvc(project):
+    (project / "data.dvc").unlink()
+    fails(project, 2, "there is no data.dvc")
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_too_few_rows(project, prefect_api, rows):
+    new_data(project, chats(rows))
+    fails(project, 2, "usable row", PREFECT_API_URL=prefect_api)
+
+
+def test_rows_that_are_all_too_long(project, prefect_api):
+    more = ("--set", "template.max_tokens=8")
+    fails(
+        project,
+        2,
+        "template.max_tokens",
+        arguments=("run", "params.yaml", *more),
+        PREFECT_API_URL=prefect_api,
+    )
+
+
+def test_a_base_that_is_not_there(project, prefect_api):
+    text = (project / "params.yaml").read_text()
+    local = text.replace("  source: tiny\n  seed: 0", "  source: local\n  path: no-such-folder")
+    assert local != text
+    (project / "params.yaml").write_text(local)
+    fails(project, 4, "no-such-folder", PREFECT_API_URL=prefect_api)
+
+
+def test_a_hub_that_cannot_be_reached(project, prefect_api):
+    text = (project / "params.yaml").read_text()
+    hub = text.replace("  source: tiny\n  seed: 0", f"  source: hub\n  repo: a/b\n  commit: {'0' * 40}")
+    (project / "params.yaml").write_text(hub)
+    fails(project, 4, "a/b", PREFECT_API_URL=prefect_api, HF_ENDPOINT=NOWHERE, HF_HUB_OFFLINE="0")
+
+
+def test_an_mlflow_that_cannot_be_reached_is_said_before_anything_is_computed(project):
+    fails(project, 4, NOWHERE, RETUNER_TRACKING_URI=NOWHERE)
+    assert not (project / "home" / "store" / "objects").exists()
+
+
+def test_a_prefect_that_cannot_be_reached_is_said_before_anything_is_computed(project):
+    fails(project, 4, "Prefect", NOWHERE, "unset PREFECT_API_URL", PREFECT_API_URL=f"{NOWHERE}/api")
+    assert not (project / "home" / "store" / "objects").exists()
+
+
+def test_a_refused_run_loses_nothing_that_was_there(project, prefect_api):
+    assert (
+        retuner(project, project / "home", "run", "params.yaml", PREFECT_API_URL=prefect_api).returncode == 0
+    )
+    before = sorted(str(p) for p in (project / "home" / "store" / "objects").rglob("*"))
+    arguments = ("run", "params.yaml", "--set", "prepare.files=*.csv")
+    fails(project, 2, "*.csv", arguments=arguments, PREFECT_API_URL=prefect_api)
+    assert sorted(str(p) for p in (project / "home" / "store" / "objects").rglob("*")) == before
+    done = retuner(project, project / "home", "run", "params.yaml", "--json")
+    assert {stage["state"] for stage in json.loads(done.stdout)["stages"]} == {"cached"}

@@ -1,0 +1,174 @@
+"""What changes rerun what: each row of the README's table."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from projects import add_to_dvc, chats, copy_code, make_project, retrain, retuner, states, write_chats
+
+from flows.pipeline import STAGES
+
+ALL_CACHED = dict.fromkeys(STAGES, "cached")
+
+
+def from_(stage: str) -> dict[str, str]:
+    first = STAGES.index(stage)
+    return {name: "cached" if place < first else "computed" for place, name in enumerate(STAGES)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A project whose run has finished, and its home. Copied for every test."""
+    place = tmp_path_factory.mktemp("finished")
+    project, home = make_project(place / "project"), place / "home"
+    before = Path.cwd()
+    os.chdir(project)
+    try:
+        context = retrain(home=home)
+    finally:
+        os.chdir(before)
+    assert set(states(context).values()) == {"computed"}
+    return place
+
+
+@pytest.fixture
+def home(finished, tmp_path, monkeypatch):
+    """The finished project as the current folder, and its home, both fresh copies."""
+    shutil.copytree(finished, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy" / "project")
+    return tmp_path / "copy" / "home"
+
+
+def test_nothing_changed_runs_nothing_even_at_another_store_path(home):
+    assert states(retrain(home=home)) == ALL_CACHED
+
+
+@pytest.mark.parametrize("circumstance", [{"log_level": "DEBUG"}, {"device": "cpu"}])
+def test_circumstance_runs_nothing(home, circumstance):
+    assert states(retrain(home=home, **circumstance)) == ALL_CACHED
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [
+        ("train.lora.rank=8", "train"),
+        ("train.seed=1", "train"),
+        ("evaluate.metrics=[exact_match, rouge_l]", "evaluate"),
+        ("evaluate.max_new_tokens=6", "evaluate"),
+        ("register.gate.resamples=300", "register"),
+        ("template.max_tokens=120", None),
+        ("prepare.split_salt=another", "prepare"),
+    ],
+)
+def test_a_changed_setting_runs_its_stage_and_what_follows(home, override, first):
+    told = states(retrain((override,), home=home))
+    if first is None:
+        # The rows are all shorter, so template makes the same bytes, and what follows is served.
+        assert told == {**ALL_CACHED, "template": "computed"}
+    else:
+        assert told == from_(first)
+
+
+def test_one_more_row_runs_from_prepare_onward(home):
+    write_chats(Path("data"), chats(49))
+    add_to_dvc(Path.cwd())
+    assert states(retrain(home=home)) == from_("prepare")
+
+
+def test_rows_in_another_order_are_the_same_splits(home):
+    write_chats(Path("data"), chats()[::-1])
+    add_to_dvc(Path.cwd())
+    assert states(retrain(home=home)) == {**ALL_CACHED, "prepare": "computed"}
+
+
+@pytest.mark.parametrize("stage", STAGES[:-1])
+def test_a_flipped_bit_in_the_store_remakes_that_stage_alone_and_quarantines_the_copy(home, stage):
+    before = {record.name: record.fingerprint for record in retrain(home=home).records}
+    folder = home / "store" / "objects" / before[stage]
+    victim = max(
+        (p for p in folder.iterdir() if p.is_file() and p.name != "manifest.json"),
+        key=lambda p: p.stat().st_size,
+    )
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    told = retrain(home=home)
+    assert states(told) == {**ALL_CACHED, stage: "computed"}
+    assert [p.name.split("-")[0] for p in (home / "store" / "quarantine").iterdir()] == [before[stage]]
+    assert {record.name: record.fingerprint for record in told.records} == before
+
+
+def test_a_deleted_adapter_is_remade_byte_for_byte(home):
+    fingerprint = {record.name: record.fingerprint for record in retrain(home=home).records}["train"]
+    adapter = home / "store" / "objects" / fingerprint / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    adapter.unlink()
+    assert states(retrain(home=home)) == {**ALL_CACHED, "train": "computed"}
+    assert adapter.read_bytes() == before
+
+
+def test_a_registry_that_lost_the_version_is_given_it_again_and_nothing_is_trained(home):
+    retrain(home=home)
+    shutil.rmtree(home / "mlflow")
+    assert states(retrain(home=home)) == from_("register")
+    assert states(retrain(home=home)) == ALL_CACHED
+
+
+def why(code: Path, home: Path) -> dict[str, str]:
+    done = retuner(Path.cwd(), home, "why", "params.yaml", "--json", PYTHONPATH=str(code))
+    assert done.returncode == 0, done.stderr
+    return {stage["stage"]: stage["state"] for stage in json.loads(done.stdout)["stages"]}
+
+
+def edit(file: Path, before: str, after: str) -> None:
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+
+
+def test_comments_and_code_that_no_stage_reaches_run_nothing(home, tmp_path):
+    code = copy_code(tmp_path / "code")
+    for file in code.rglob("*.py"):
+        file.write_text("# a comment\n" + file.read_text() + "\n\ndef unreached():\n    return 1\n")
+    assert set(why(code, home).values()) == {"cached"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "before", "after"),
+    [
+        ("prepare", "splits.py", "< held_out_fraction *", "<= held_out_fraction *"),
+        ("template", "rendering.py", "class Renderer:", "class Renderer:\n    edited = True\n"),
+        ("register", "gate.py", "holds=low >= required", "holds=low > required"),
+    ],
+)
+def test_an_edited_helper_runs_the_stage_that_reaches_it(home, tmp_path, stage, file, before, after):
+    code = copy_code(tmp_path / "code")
+    edit(code / "retuner" / file, before, after)
+    told = why(code, home)
+    place = STAGES.index(stage)
+    expected = {"fetch_base": "cached"} | dict.fromkeys(STAGES[1:place], "cached")
+    if file == "rendering.py":
+        # The base is examined with the renderer too; its bytes would stay the same.
+        expected = {"fetch_base": "changed"}
+        assert told["fetch_base"] == "changed"
+        return
+    assert {name: told[name] for name in expected} == expected
+    assert told[stage] == "changed"
+    assert all(told[name] == "follows" for name in STAGES[place + 1 :])
+
+
+def test_an_accepted_code_change_serves_the_old_result_and_says_so_in_the_lineage(home, tmp_path):
+    code = copy_code(tmp_path / "code")
+    edit(code / "retuner" / "splits.py", "< held_out_fraction *", "<= held_out_fraction *")
+    because = ("--stage", "prepare", "--because", "equality never happens")
+    done = retuner(Path.cwd(), home, "accept", "params.yaml", *because, PYTHONPATH=str(code))
+    assert done.returncode == 0, done.stderr
+    assert set(why(code, home).values()) == {"cached"}
+
+
+def test_why_names_the_setting_that_changed(home):
+    done = retuner(Path.cwd(), home, "why", "params.yaml", "--set", "train.lora.rank=16")
+    assert "params.lora.rank: 4 -> 16" in done.stdout
+    assert "depends on train" in done.stdout

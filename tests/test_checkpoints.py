@@ -1,0 +1,99 @@
+"""A checkpoint is whole, or it is not used."""
+
+import json
+
+import pytest
+
+from retuner.checkpoints import NEEDED, clear_staging, newest_whole, seal
+
+
+def staged(work, step, lacking=()):
+    folder = clear_staging(work) / f"checkpoint-{step}"
+    folder.mkdir()
+    for name in NEEDED - set(lacking):
+        (folder / name).write_bytes(f"{name} of step {step}".encode())
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Two sealed checkpoints, of steps 9 and 10."""
+    for step in (9, 10):
+        seal(tmp_path, staged(tmp_path, step), step)
+    return tmp_path
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step_not_the_last_by_name(work):
+    said = []
+    assert newest_whole(work, said.append) == work / "sealed" / "step-10"
+    assert said == []
+
+
+def test_only_the_newest_two_checkpoints_are_kept(work):
+    seal(work, staged(work, 11), 11)
+    assert {path.name for path in (work / "sealed").iterdir()} == {"step-10", "step-11"}
+    assert list((work / "staging").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted({*NEEDED, "manifest.json"}))
+@pytest.mark.parametrize("harm", ["removed", "truncated", "a bit flipped", "lengthened"])
+def test_a_checkpoint_with_a_damaged_file_is_set_aside_and_the_one_before_it_is_used(work, name, harm):
+    file = work / "sealed" / "step-10" / name
+    data = file.read_bytes()
+    if harm == "removed":
+        file.unlink()
+    else:
+        flipped = bytes([data[0] ^ 1]) + data[1:]
+        file.write_bytes({"truncated": data[:-1], "a bit flipped": flipped, "lengthened": data + b"!"}[harm])
+    said = []
+    assert newest_whole(work, said.append) == work / "sealed" / "step-9"
+    assert len(said) == 1
+    assert "step-10 is not used" in said[0]
+    assert ("manifest" if name == "manifest.json" else name) in said[0]
+    assert [path.name.rpartition("-")[0] for path in work.glob("broken-*")] == ["broken-step-10"]
+    assert newest_whole(work, said.append) == work / "sealed" / "step-9"
+    assert len(said) == 1
+
+
+def test_when_no_checkpoint_is_whole_there_is_none(work):
+    for step in (9, 10):
+        (work / "sealed" / f"step-{step}" / "optimizer.pt").unlink()
+    assert newest_whole(work, lambda line: None) is None
+
+
+@pytest.mark.parametrize("name", sorted(NEEDED))
+def test_a_checkpoint_sealed_without_what_a_resume_needs_is_not_used(work, name):
+    seal(work, staged(work, 11, lacking=[name]), 11)
+    assert newest_whole(work, lambda line: None) == work / "sealed" / "step-10"
+
+
+def test_a_checkpoint_with_a_file_more_than_was_sealed_is_not_used(work):
+    (work / "sealed" / "step-10" / "scaler.pt").write_bytes(b"?")
+    assert newest_whole(work, lambda line: None) == work / "sealed" / "step-9"
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_used(work):
+    (work / "sealed" / "step-10").rename(work / "sealed" / "step-12")
+    assert newest_whole(work, lambda line: None) == work / "sealed" / "step-9"
+
+
+def test_what_was_being_written_when_the_process_died_is_thrown_away(work):
+    staged(work, 11)
+    clear_staging(work)
+    assert list((work / "staging").iterdir()) == []
+    assert newest_whole(work, lambda line: None) == work / "sealed" / "step-10"
+
+
+def test_the_manifest_is_written_after_everything_it_names(work, monkeypatch):
+    from retuner import checkpoints
+
+    def dies(path, data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "write_whole", dies)
+    with pytest.raises(KeyboardInterrupt):
+        seal(work, staged(work, 11), 11)
+    assert newest_whole(work, lambda line: None) == work / "sealed" / "step-10"
+    recorded = json.loads((work / "sealed" / "step-10" / "manifest.json").read_text())
+    assert recorded["step"] == 10
+    assert set(recorded["files"]) == NEEDED
