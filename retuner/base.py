@@ -7,6 +7,7 @@ code that came with the weights.
 import fnmatch
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -23,6 +24,11 @@ from retuner.tiny_phi3 import write_json, write_tiny_phi3
 
 KEPT = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*")
 """What of a model is taken: never *.bin (pickle) and never *.py."""
+HUB_SAYS = {
+    401: "it is not there, or not yours to read",
+    403: "it is not yours to read",
+    404: "it is not there",
+}
 HUB_SECONDS = 10
 """How long the hub may take to say what a repository holds."""
 
@@ -48,7 +54,7 @@ def fetch_base(out: Path, params: BaseParams, observer: Observer) -> BaseFacts:
 
     Errors: Unavailable when the source cannot be had, Refused when it is no base that can be trained here.
     """
-    source = params.source
+    source: str = params.source
     match params:
         case SmolLM2Base():
             write_smollm2(out)
@@ -191,15 +197,13 @@ def _download(out: Path, params: HubBase, observer: Observer) -> None:
             params.repo, revision=params.commit, local_dir=out, allow_patterns=names, token=token
         )
     except (HTTPError, XetDownloadError, OSError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = {
-            401: "it is not there, or not yours to read",
-            403: "it is not yours to read",
-            404: "it is not there",
-        }
-        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else reason.get(status)
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if isinstance(error, OfflineModeIsEnabled):
+            reason = "HF_HUB_OFFLINE is set"
+        else:
+            reason = HUB_SAYS.get(status) or _one_line(error)
         raise Unavailable(
-            f"{pin} cannot be fetched from the hub: {reason or _one_line(error)}",
+            f"{pin} cannot be fetched from the hub: {reason}",
             "the hub within reach, and the repository at that commit",
             "check base.repo, base.commit and the network; set HF_TOKEN for a gated model; "
             "or copy the model here and set base.source: local",
@@ -277,11 +281,8 @@ def _count_parameters(out: Path, weights: list[Path]) -> int:
     for file in weights:
         try:
             with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():
-                    size = 1
-                    for length in tensors.get_slice(name).get_shape():
-                        size *= length
-                    count += size
+                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+                count += sum(math.prod(shape) for shape in shapes)
         except SafetensorError as error:
             raise Refused(
                 f"{file.name} is not a whole safetensors file: {_one_line(error)}",

@@ -93,7 +93,8 @@ def check(folder: Path, manifest_sha256: str, adapter_sha256: str) -> None:
         raise Refused(
             f"the registered files are damaged: {'; '.join(sorted(wrong))}",
             "every byte as it was registered",
-            "restore the artifact store from a backup, or delete the version and register the adapter again",
+            "restore the artifact store from a backup, or delete the version and its logged model in MLflow "
+            "and run its params again",
         )
 
 

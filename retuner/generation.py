@@ -3,12 +3,13 @@
 Evaluation and serving share this, so that what is measured is what is served.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from retuner.errors import Refused
+from retuner.errors import Refused, Unavailable
 
 Progress = Callable[[int, int], None]
 
@@ -142,13 +143,18 @@ class Answerer:
 
 
 def load(base_dir: Path, precision: str, attention: str, device: str) -> tuple[Any, Any]:
-    """The model, in eval mode, and the tokenizer of a base folder; `auto` is the GPU where there is one."""
+    """The model, in eval mode, and the tokenizer of a base folder; `auto` is the GPU where there is one.
+
+    Errors: Unavailable for a GPU that is not there.
+    """
     import torch
 
     from retuner.base import load_model, load_tokenizer
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Unavailable("no GPU that this torch can use", "a CUDA GPU", "set RETUNER_DEVICE to cpu or auto")
     return load_model(base_dir, precision, attention, device), load_tokenizer(base_dir)
 
 
@@ -189,7 +195,10 @@ def _put_on(model: Any, folder: Path) -> Any:
     if config.peft_type != "LORA":
         raise Refused(f"the adapter in {name}/ is of kind {config.peft_type}", "LORA")
     config.inference_mode = True
-    adapted = PeftModel(model, config)
+    with warnings.catch_warnings():
+        # PEFT asks transformers by a name that goes away in its next major version.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = PeftModel(model, config)
     # "auto" would ask the hub whether the vocabulary grew.
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     wrong = [

@@ -63,7 +63,9 @@ class MetricStream:
         """Take one step's numbers. Never waits for the network."""
         now_ms = time.time_ns() // 1_000_000
         lines = [
-            json.dumps({"run_id": self.run.run_id, "key": k, "value": v, "timestamp": now_ms, "step": step})
+            json.dumps(
+                {"run_id": self.run.run_id, "key": k, "value": float(v), "timestamp": now_ms, "step": step}
+            )
             for k, v in values.items()
         ]
         with self._lock, self.spool.open("a", encoding="utf-8") as file:

@@ -90,6 +90,10 @@ def register_version(
                 model_id=model.model_id,
             )
         version = _reconcile(client, model_name, adapter.facts.sha256, say)
+        if (made := known.get("logged_model")) and made == version.tags["logged_model"]:
+            # By this MLflow's page of the model shows its version.
+            shown = json.dumps([{"name": model_name, "version": str(version.version)}])
+            again(client.set_logged_model_tags, made, {"mlflow.modelVersions": shown})
         _update_tags(client, model_name, version, known)
         again(client.set_registered_model_alias, model_name, CANDIDATE, str(version.version))
     return int(version.version)

@@ -141,7 +141,7 @@ class Renderer:
         if ours == reference:
             return
         at = next(
-            (n for n, pair in enumerate(zip(ours, reference)) if pair[0] != pair[1]),
+            (n for n, pair in enumerate(zip(ours, reference, strict=False)) if pair[0] != pair[1]),
             min(len(ours), len(reference)),
         )
         raise Refused(
@@ -186,7 +186,9 @@ class Renderer:
         marks = [f"\ue000{number}\ue001" for number in range(len(roles))]
         # White space around the marks shows whether the template trims.
         stand_ins = [f" \n{mark}\n " for mark in marks]
-        messages = [{"role": role, "content": content} for role, content in zip(roles, stand_ins)]
+        messages = [
+            {"role": role, "content": content} for role, content in zip(roles, stand_ins, strict=True)
+        ]
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
         except TemplateError as error:
@@ -195,7 +197,7 @@ class Renderer:
                 "roles that this base was trained with",
                 "change the chats, or use another base",
             ) from error
-        for role, mark, stand_in in zip(roles, marks, stand_ins):
+        for role, mark, stand_in in zip(roles, marks, stand_ins, strict=True):
             if text.count(mark) != 1:
                 raise Refused(
                     f"the chat template {'repeats' if mark in text else 'drops'} what the role {role!r} says",
@@ -258,7 +260,7 @@ class Renderer:
         texts = [[item.text(said) for item in layout if isinstance(item, Segment)] for layout, said in plans]
         ids_of = self._tokenise(list(dict.fromkeys(text for row in texts for text in row)))
         rows = []
-        for (layout, said), row_texts in zip(plans, texts):
+        for (layout, said), row_texts in zip(plans, texts, strict=True):
             input_ids: list[int] = []
             labels: list[int] = []
             stripped, waiting = 0, iter(row_texts)
@@ -276,7 +278,8 @@ class Renderer:
 
     def _tokenise(self, texts: list[str]) -> dict[str, list[int]]:
         ids_of = {}
-        for text, encoding in zip(texts, self.plain.encode_batch_fast(texts, add_special_tokens=False)):
+        encodings = self.plain.encode_batch_fast(texts, add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
             ids = encoding.ids
             if not self._added.keys().isdisjoint(ids):
                 token = next(self._added[id].content for id in ids if id in self._added)

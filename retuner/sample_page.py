@@ -35,7 +35,7 @@ def sample_page(rows: Sequence[ShownRow], tokenizer: Any, told: Sequence[str]) -
 
 
 def draw_lengths(path: Path, lengths: dict[str, list[int]], max_tokens: int) -> None:
-    """A histogram of tokens a row for each of two sides (none empty), with a line at `max_tokens` where rows come near it."""
+    """A histogram of tokens a row for each of two sides, none of them empty, and a line at `max_tokens`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -43,13 +43,15 @@ def draw_lengths(path: Path, lengths: dict[str, list[int]], max_tokens: int) -> 
     edges = [longest * n / 50 for n in range(51)]
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
-    styles = (
-        {"histtype": "stepfilled", "color": "#9fcdb7"},
-        {"histtype": "step", "color": "#b5761b", "linewidth": 1.5},
-    )
-    for (name, side), style in zip(lengths.items(), styles):
+    for (name, side), filled in zip(lengths.items(), (True, False), strict=True):
         axes.hist(
-            side, edges, weights=[100 / len(side)] * len(side), label=f"{name}: {len(side):,} rows", **style
+            side,
+            edges,
+            weights=[100 / len(side)] * len(side),
+            label=f"{name}: {len(side):,} rows",
+            histtype="stepfilled" if filled else "step",
+            color="#9fcdb7" if filled else "#b5761b",
+            linewidth=1.5,
         )
     if max_tokens <= 1.5 * longest:
         over = sum(tokens > max_tokens for side in lengths.values() for tokens in side)
@@ -65,10 +67,12 @@ def draw_lengths(path: Path, lengths: dict[str, list[int]], max_tokens: int) -> 
 
 def _row(row: ShownRow, tokenizer: Any) -> str:
     learnt = len(row.labels) - row.labels.count(IGNORE)
+    count = f"{len(row.input_ids):,} tokens, {learnt:,} {'learnt' if row.side == 'train' else 'scored'}"
+    side = row.side.replace("_", " ")
     pieces = "".join(_span(piece) for piece in _pieces(row, tokenizer))
     return (
-        f'<article><header><b class="{row.side}">{row.side.replace("_", " ")}</b> <code>{escape(row.id[:12])}</code>'
-        f"<span>{len(row.input_ids):,} tokens, {learnt:,} {'learnt' if row.side == 'train' else 'scored'}</span></header>"
+        f'<article><header><b class="{row.side}">{side}</b> <code>{escape(row.id[:12])}</code>'
+        f"<span>{count}</span></header>"
         f'<div class="text" dir="auto">{pieces}</div></article>'
     )
 
@@ -85,8 +89,9 @@ def _pieces(row: ShownRow, tokenizer: Any) -> Iterator[Piece]:
 
     backend = tokenizer.backend_tokenizer
     controls = {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
-    stream, waiting, before = DecodeStream(), (), None
-    for id, label in zip(row.input_ids, row.labels):
+    stream, before = DecodeStream(), (False, False)
+    waiting: tuple[int, ...] = ()
+    for id, label in zip(row.input_ids, row.labels, strict=True):
         learnt, control = label != IGNORE, id in controls
         if waiting and (learnt, control) != before:
             yield Piece(waiting, "\ufffd", *before)
@@ -130,7 +135,8 @@ header b.held_out {{ color: #b5761b; }}
 .text {{ padding: .8rem .9rem; max-height: 26rem; overflow: auto; white-space: pre-wrap;
   overflow-wrap: anywhere; color: var(--dim); font: 14px/1.8 ui-monospace, "DejaVu Sans Mono", monospace; }}
 .text span, .key span {{ padding: .1em 0; }}
-.y {{ background: var(--learnt); color: var(--ink); box-shadow: inset 1px 0 color-mix(in srgb, var(--edge) 14%, transparent); }}
+.y {{ background: var(--learnt); color: var(--ink);
+  box-shadow: inset 1px 0 color-mix(in srgb, var(--edge) 14%, transparent); }}
 .text .c, .key .c {{ border: 1px solid currentColor; border-radius: 4px; padding: 0 .3em; margin: 0 .1em;
   font-size: .85em; white-space: nowrap; }}
 .text .c.y, .key .c.y {{ background: var(--stop); border-color: var(--stop); color: var(--card); font-weight: 600; }}

@@ -34,7 +34,7 @@ class SharedStore:
             manifest = json.loads(files.cat_file(f"{root}/{name}/{MANIFEST}"))
         except FileNotFoundError:
             return False
-        except Exception as error:  # noqa: BLE001 - each file system has its own
+        except Exception as error:  # each file system has its own
             raise self._unavailable(error) from error
         try:
             for relpath in [MANIFEST, *manifest["files"]]:
@@ -43,7 +43,7 @@ class SharedStore:
                     raise ValueError(f"the manifest names {relpath}")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 files.get_file(f"{root}/{name}/{relpath}", str(target))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise self._unavailable(error) from error
         return True
 
@@ -57,7 +57,7 @@ class SharedStore:
                 target = f"{place}/{path.relative_to(folder).as_posix()}"
                 files.makedirs(target.rpartition("/")[0], exist_ok=True)
                 files.put_file(str(path), target)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - each file system has its own
             say(f"not shared: {self.url} cannot be written ({type(error).__name__}: {error})")
 
     def _open(self) -> tuple[Any, str]:

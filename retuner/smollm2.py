@@ -5,7 +5,6 @@ projections are apart, so stacking q, k, v and gate, up gives a Phi3ForCausalLM 
 Phi-3-specific can run on real weights with no hub and no login.
 """
 
-import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ def _write_weights(out: Path, tensors: Any, heads: int, kv_heads: int) -> None:
         "model.embed_tokens.weight": llama.pop("token_embd.weight"),
         "model.norm.weight": llama.pop("output_norm.weight"),
     }
-    layers = 1 + max(int(re.match(r"blk\.(\d+)\.", name)[1]) for name in llama)
+    layers = len({name.split(".")[1] for name in llama if name.startswith("blk.")})
     for layer in range(layers):
         take = {part: llama.pop(f"blk.{layer}.{part}.weight") for part in _PARTS}
         q = _rotary_halves(take["attn_q"], heads)
@@ -134,7 +133,7 @@ def _write_tokenizer(out: Path, said: dict[str, Any]) -> None:
 
     pieces = said["tokenizer.ggml.tokens"]
     ids = {piece: number for number, piece in enumerate(pieces)}
-    merges = [tuple(merge.split(" ")) for merge in said["tokenizer.ggml.merges"]]
+    merges: list[Any] = [tuple(merge.split(" ")) for merge in said["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(BPE(ids, merges))
     # What llama.cpp calls the pre-tokenizer "smollm": digits stand alone. transformers' own conversion forgets them.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -142,7 +141,7 @@ def _write_tokenizer(out: Path, said: dict[str, Any]) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     kinds = said["tokenizer.ggml.token_type"]
-    controls = [piece for piece, kind in zip(pieces, kinds) if kind == CONTROL]
+    controls = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == CONTROL]
     tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in controls])
     tokenizer.save(str(out / "tokenizer.json"))
     names = {

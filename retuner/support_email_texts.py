@@ -58,9 +58,9 @@ PROBLEMS = {
         "The invoice for [my|the] {p} [is wrong|has a mistake in it|shows the wrong total].",
         "You [billed|charged] me for three, but I only bought one {p}.",
         "I paid [shipping|a fee] for the {p} [although it should be free|that nobody told me about].",
-        "The {p} cost me [more than the price on your site|39 euros instead of 29].",
-        "There is a second payment of {d} euros on my account for the same {p}.",
-        "Your receipt says {d} euros for the {p}, the page said less.",
+        "The {p} cost me [more than the price on your site|twice what I expected].",
+        "There is a second payment on my account for the same {p}.",
+        "Your receipt says more for the {p} than the page did.",
         "I used a gift card for the {p} and still my bank account was debited.",
     ),
     "wrong_item": (
@@ -126,54 +126,35 @@ PROBLEMS = {
 PRIORITIES = {
     "high": (
         "[This is|It is|Very] urgent[.|!]",
-        "I need [this solved|an answer|it sorted] [by tomorrow|today|before Friday].",
-        "We [leave|travel|move] [tomorrow|on Saturday], so please be quick.",
-        "Please [hurry|act fast], it cannot wait.",
-        "[Urgent|Emergency|ASAP], please!",
-        "The [party|wedding|exam] is [tomorrow|in two days], time is short.",
-        "Every hour counts.",
-        "I have a deadline [tonight|tomorrow morning].",
+        "[Urgent|URGENT][.|!]",
+        "I need [this solved|an answer|it sorted] urgently.",
+        "Please answer [today|at once], it is urgent.",
     ),
     "low": (
-        "[No rush|No hurry|There is no hurry][| at all].",
-        "[Whenever|Answer when] you have time[| is fine].",
-        "Take your time[| with this].",
-        "[It|This] can wait[| until next month].",
-        "[Not urgent|This is not urgent].",
-        "I am in no hurry.",
-        "[Next month|Any day] is early enough.",
-        "Please do not rush[| for me].",
+        "[No hurry|There is no hurry][| at all].",
+        "I am in no hurry[| with this].",
+        "No hurry, [answer when you have time|it can wait|next month is fine].",
     ),
     "normal": ("",),
 }
-DANGERS = (
-    "It [gave off smoke|sparked], [which is dangerous|someone could get hurt].",
-    "A sharp edge cut my [hand|finger].",
-)
 ACTIONS = {
     "refund": (
-        "[I want|I would like|Please give me] my money back.",
-        "Please refund [me|my card].",
+        "[I want|I would like|Please give me] a refund.",
         "[A refund, please.|Can I get a refund?|I ask for a refund.]",
-        "Pay me back[| please].",
-        "I expect the money back on my account.",
+        "Please refund [me|my card].",
     ),
     "replacement": (
-        "Please send [a new one|another one|a replacement].",
-        "[Can|Could] you [send|ship] me [another|a new one]?",
-        "I would like a replacement.",
-        "[Send|Ship] me [a new one|another], please.",
-        "A replacement is what I want.",
+        "Please send [a|me a] replacement.",
+        "[Can|Could] you [send|ship] me a replacement?",
+        "[I would like a replacement.|A replacement is what I want.]",
     ),
     "callback": (
-        "Please [call|phone|ring] me[| back].",
-        "[Can|Could] someone [call|phone] me[| about this]?",
-        "[Call|Ring] me [on|at] 555 01{d}.",
-        "I would rather [talk|speak] on the phone, so please ring.",
+        "Please call me[| back].",
+        "[Can|Could] someone call me[| back| about this]?",
+        "I would rather talk, so please call me.",
     ),
     None: ("",),
 }
-SWAPS = ("[Can|Could] you [exchange|swap|replace] it?", "I would like [an exchange|to swap it].")
 
 ORDER_MENTIONS = (
     "[Order|My order is|The order number is|Order no.] {o}.",
@@ -183,7 +164,6 @@ ORDER_MENTIONS = (
 )
 ORDER_SUBJECTS = ("Subject: [order|my order] {o}", "Subject: {o}")
 SUBJECTS = ("Subject: [help|problem|hello|your shop]", "Subject: [my|the|about the] {p}")
-NO_ORDER_NUMBER = ("", "", "", "I [lost|cannot find] the order number.")
 SMALL_TALK = (
     "I have been a customer for years.",
     "I [usually|normally] like your shop.",
@@ -191,8 +171,8 @@ SMALL_TALK = (
     "[Sorry|Apologies] for the short note.",
     "I [hope|trust] you are well.",
     "This is my [second|third] e-mail.",
-    "My [husband|sister|flatmate] {m} [said|thinks] I should write.",
-    "[Your colleague|Someone called] {m} could not help me.",
+    "My [husband|sister|flatmate] [said|thinks] I should write.",
+    "[Your colleague|The person on the phone] could not help me.",
     "[I live|We are] in [Leeds|Porto|Ghent], by the way.",
     "Greetings from [rainy|sunny] [Leeds|Porto|Ghent].",
     "I have written [before|twice] and got no reply.",
@@ -200,7 +180,7 @@ SMALL_TALK = (
 )
 BUYER_TALK = (
     "It [is|was] [meant as|to be] a [gift|present] for my [mother|son|neighbour].",
-    "I paid {d} euros[| for it].",
+    "I paid in euros[|, by card].",
     "I bought it in [May|June|October].",
     "[Honestly|Really], [what a mess|this is no way to treat people].",
     "The rest of my order was [perfect|fine].",
@@ -221,11 +201,11 @@ FOLLOW_UPS = {
         "Wrong number, I meant order {o}.",
     ),
     "priority": (
-        "[By the way|Update]: it is urgent now, I need it [today|by tomorrow].",
+        "[By the way|Update]: it is urgent now.",
         "It has become urgent!",
     ),
     "action": (
-        "On second thought, [I want my money back|please refund me].",
+        "On second thought, [I want a refund|please refund me].",
         "I would rather have a refund.",
     ),
     "name": ("[I forgot to sign|My name is missing]: {n}.", "PS: the name is {n}."),

@@ -13,10 +13,10 @@ Everything here is invented. An answer has these keys, in this order, and no whi
     `delivery`    it has not come
     `return`      nothing is wrong with it, but the customer does not want to keep it
     `question`    nothing is wrong, the customer only wants to know something
-- `priority`: `high` when the writer says it is urgent, names a deadline or a danger to people;
-  `low` when the writer says there is no hurry; `normal` when neither is said. Anger alone is not urgency.
-- `order_number`: as written, without a leading `#`; null when there is none.
-- `name`: the writer's, letter for letter as written; null when not given. Other people's names do not count.
+- `priority`: `high` when the writer says it is urgent; `low` when the writer says there is no hurry; `normal`
+  when neither is said. Anger alone is not urgency.
+- `order_number`: two letters, a dash and five digits, as written, without a leading `#`; null when there is none.
+- `name`: the writer's, letter for letter as written; null when not given.
 - `action`: `refund`, `replacement` or `callback` when the writer asks for one; else null.
 
 A follow-up e-mail that corrects something is answered with the whole corrected object.
@@ -93,11 +93,11 @@ def _turn(role: str, content: str) -> dict:
 def _labels(rng: random.Random) -> dict:
     category = rng.choice(tuple(texts.PROBLEMS))
     unnamed = category not in ("question", "wrong_item") and rng.random() < 0.12
-    nameless, orderless = rng.random() < 0.15, rng.random() < (0.85 if category == "question" else 0.2)
+    nameless, orderless = rng.random() < 0.12, rng.random() < (0.85 if category == "question" else 0.2)
     return {
         "product": None if unnamed else rng.choice(texts.PRODUCTS),
         "category": category,
-        "priority": rng.choice(("high", "normal", "low")),
+        "priority": rng.choice(("high", "normal", "normal", "low")),
         "order_number": None if orderless else _order_number(rng),
         "name": None if nameless else _name(rng),
         "action": rng.choice(ACTIONS_BY_CATEGORY[category]),
@@ -106,7 +106,7 @@ def _labels(rng: random.Random) -> dict:
 
 def _order_number(rng: random.Random) -> str:
     number = str(rng.randrange(10_000, 100_000))
-    return rng.choice("ABDKLMRT") + rng.choice("CFNPSWX") + "-" + number if rng.random() < 0.5 else number
+    return rng.choice("ABDKLMRT") + rng.choice("CFNPSWX") + "-" + number
 
 
 def _name(rng: random.Random) -> str:
@@ -120,10 +120,7 @@ def _email(rng: random.Random, labels: dict) -> str:
     lower_case = rng.random() < 0.2
     if lower_case and labels["name"]:
         labels["name"] = labels["name"].lower()
-    broken, urgent = labels["category"] == "damaged", labels["priority"] == "high"
     buyer = labels["category"] != "question"
-    swappable = labels["action"] == "replacement" and labels["category"] in ("damaged", "wrong_item")
-    order_mentions = texts.ORDER_MENTIONS if labels["order_number"] else texts.NO_ORDER_NUMBER
     small_talk = texts.SMALL_TALK + (texts.BUYER_TALK if buyer else ())
 
     def say(choices: tuple[str, ...]) -> str:
@@ -133,8 +130,8 @@ def _email(rng: random.Random, labels: dict) -> str:
     if rng.random() < 0.08:
         problem = problem.rstrip(".") + "!!"
     wishes = [
-        say(texts.PRIORITIES[labels["priority"]] + (texts.DANGERS if broken and urgent else ())),
-        say(texts.ACTIONS[labels["action"]] + (texts.SWAPS if swappable else ())),
+        say(texts.PRIORITIES[labels["priority"]]),
+        say(texts.ACTIONS[labels["action"]]),
     ]
     rng.shuffle(wishes)
     sentences = [problem, *wishes]
@@ -145,8 +142,8 @@ def _email(rng: random.Random, labels: dict) -> str:
     if labels["order_number"] and rng.random() < 0.08:
         subject = say(texts.ORDER_SUBJECTS)
     else:
-        if labels["order_number"] or buyer:
-            sentences.insert(rng.randrange(len(sentences) + 1), say(order_mentions))
+        if labels["order_number"]:
+            sentences.insert(rng.randrange(len(sentences) + 1), say(texts.ORDER_MENTIONS))
         subject = say(texts.SUBJECTS) if rng.random() < 0.08 else ""
 
     ending = say(texts.UNNAMED_ENDINGS)
@@ -189,8 +186,6 @@ def _fill(rng: random.Random, text: str, labels: dict) -> str:
         "{q}": rng.choice([other for other in texts.PRODUCTS if other != product]),
         "{o}": labels["order_number"] or "",
         "{n}": writer,
-        "{m}": rng.choice([other for other in texts.FIRST_NAMES if other.lower() not in writer.lower()]),
-        "{d}": str(rng.randrange(10, 100)),
     }
     for place, filling in places.items():
         text = text.replace(place, filling)

@@ -198,11 +198,8 @@ def _arrow_stream(path: Path) -> Iterator[Callable[[list[tuple[Chat, Row]]], Non
                 [row.input_ids for _, row in used],
                 [row.labels for _, row in used],
             )
-            stream.write_batch(
-                pa.record_batch(
-                    [pa.array(column, kind) for column, kind in zip(columns, schema.types)], schema=schema
-                )
-            )
+            arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
+            stream.write_batch(pa.record_batch(arrays, schema=schema))
 
         yield write
 
@@ -268,7 +265,7 @@ def _refuse_too_long(train: Side, held_out: Side) -> None:
     total = len(train.lengths) + len(held_out.lengths)
     longest, name = max(train.longest_before, held_out.longest_before)
     raise Refused(
-        f"{count:,} of {total:,} chats are too long; the longest is {name} with {longest:,} tokens",
+        f"too long are {count:,} of {total:,} chats; the longest is {name} with {longest:,} tokens",
         f"at most {train.params.max_tokens:,} tokens (template.max_tokens)",
         f"raise template.max_tokens to {longest}, or set template.too_long to leave_out or truncate",
     )
@@ -279,7 +276,8 @@ def _refuse_nothing_left(facts: ChatsFacts, train: Side, held_out: Side) -> None
         if rows == 0:
             longest, name = side.longest_before
             raise Refused(
-                f"none of the {len(side.lengths):,} {side.name} chats fits; the longest is {name} with {longest:,} tokens",
+                f"none of the {len(side.lengths):,} {side.name} chats fits; "
+                f"the longest is {name} with {longest:,} tokens",
                 f"a whole answer within {side.params.max_tokens:,} tokens (template.max_tokens)",
                 "raise template.max_tokens",
             )
@@ -299,14 +297,14 @@ def _told(facts: ChatsFacts, train: Side, held_out: Side) -> list[str]:
         f"{facts.held_out_rows:,} held-out rows, {facts.held_out_prompts:,} held-out prompts",
     ]
     if count := train.cut + held_out.cut:
-        lines.append(f"{count:,} chats cut at {train.params.max_tokens:,} tokens")
+        lines.append(f"chats cut at {train.params.max_tokens:,} tokens: {count:,}")
     if facts.left_out:
         lines.append(
             "left out: " + ", ".join(f"{cause} {count:,}" for cause, count in facts.left_out.items())
         )
     if count := train.stripped + held_out.stripped:
         lines.append(
-            f"{count:,} chats have messages that begin or end with white space, which this tokenizer drops "
-            "beside control tokens"
+            "chats with white space at the edge of a message, which this tokenizer drops beside control tokens: "
+            f"{count:,}"
         )
     return lines

@@ -105,7 +105,7 @@ def _write_tokenizer(out: Path) -> dict[str, int]:
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    merges = [tuple(merge.split(" ")) for merge in MERGES.split("|")]
+    merges: list[Any] = [tuple(merge.split(" ")) for merge in MERGES.split("|")]
     pieces = [*FIRST_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += [
         *string.ascii_letters,
@@ -114,7 +114,7 @@ def _write_tokenizer(out: Path) -> dict[str, int]:
         *("".join(merge) for merge in merges),
     ]
     ids = {piece: number for number, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(BPE(ids, merges, unk_token=FIRST_TOKENS[0], fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

@@ -243,7 +243,8 @@ def mlflow_said(runtime: Runtime) -> Iterator[None]:
         raise Unavailable(
             f"MLflow at {where} failed: {str(error).splitlines()[0][:300]}",
             "an MLflow that answers and accepts our credentials",
-            "see that it runs, then run the same command again: what is finished is not done twice",
+            "see that it runs and that MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD are set if it wants "
+            "them, then run the same command again: what is finished is not done twice",
         ) from error
 
 

@@ -110,7 +110,7 @@ def planned_steps(sequences: int, params: TrainParams) -> int:
     if params.max_steps is not None:
         return params.max_steps
     a_step = params.batch_size * params.gradient_accumulation
-    return math.ceil(math.ceil(sequences / a_step) * params.epochs)
+    return math.ceil(math.ceil(sequences / a_step) * params.epochs)  # type: ignore[operator]  # one is set
 
 
 def _effective(model: Any, device: str) -> dict[str, str]:

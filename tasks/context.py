@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from retuner import tracking
-from retuner.dataset import Dataset
-from retuner.dataset import open_dataset
+from retuner.dataset import Dataset, open_dataset
 from retuner.fingerprint import spell
 from retuner.observe import Observer, Silent
 from retuner.params import Params

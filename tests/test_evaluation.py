@@ -329,12 +329,13 @@ def test_an_adapter_that_is_not_exactly_what_its_configuration_says_is_refused(
     import torch
 
     model, _ = loaded
-    before = logits(model)
+    before, names = logits(model), [name for name, _ in model.named_parameters()]
     folder = make_adapter(base, tmp_path / "adapter", seed=3)
     change(folder, "lora_A", edit)
     with pytest.raises(Refused, match=said), adapter_on(model, folder):
         pass
     assert torch.equal(logits(model), before)
+    assert [name for name, _ in model.named_parameters()] == names
 
 
 def test_an_adapter_without_whole_safetensors_is_refused(base, loaded, tmp_path):
@@ -480,20 +481,24 @@ def test_what_is_served_is_what_was_evaluated(base, chats, candidate, tmp_path):
 
 def test_evaluation_touches_neither_the_network_nor_the_home_folder(base, chats, candidate, tmp_path):
     code = """
-import socket, sys
+import pathlib, socket, sys
 def refuse(*a, **k): raise AssertionError("the network was asked")
 socket.socket.connect = socket.getaddrinfo = refuse
-import pathlib, test_evaluation as t
+import test_evaluation as t
 from retuner.artifacts import Base, Chats
+from retuner.metrics import score
 base, chats = (kind.model_validate_json(text) for kind, text in zip((Base, Chats), sys.argv[3:5]))
 t.run(pathlib.Path(sys.argv[1]), base, chats, pathlib.Path(sys.argv[2]), metrics=("rouge_l", "bleu"))
+for metric in ("exact_match", "json_fields", "final_number"):
+    score(metric, ["a 1"], [["a 1", "b"]])
 """
-    home = tmp_path / "home"
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
     home.mkdir()
+    scratch.mkdir()
     here = Path(__file__).parent
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
-    env |= {"HOME": str(home), "PYTHONPATH": f"{here}:{here.parent}", "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= {"HOME": str(home), "TMPDIR": str(scratch), "PYTHONPATH": f"{here}:{here.parent}"}
     given = [str(tmp_path / "out"), str(candidate), base.model_dump_json(), chats.model_dump_json()]
     done = subprocess.run([sys.executable, "-c", code, *given], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert list(home.rglob("*")) == []
+    assert [path for folder in (home, scratch) for path in folder.rglob("*")] == []

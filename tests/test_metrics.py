@@ -1,15 +1,11 @@
-import os
-import subprocess
-import sys
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 
 from retuner.errors import Refused
-from retuner.metrics import check_references, final_number_in, headline, score, score_rows
+from retuner.metrics import check_references, final_number_in, headline, metric_class, score, score_rows
 
-CONSTANTS = ("exact_match", "json_fields", "rouge_l", "bleu", "final_number")
+METRICS = ("exact_match", "json_fields", "rouge_l", "bleu", "final_number")
 
 
 def row(metric: str, answer: str, *references: str) -> float:
@@ -159,25 +155,11 @@ def test_the_headline_of_every_other_metric_is_the_mean_of_its_rows():
         assert whole == pytest.approx(sum(rows) / 3)
 
 
-def test_metrics_touch_neither_the_network_nor_the_home_folder(tmp_path: Path):
-    code = f"""
-import os, socket
-def refuse(*a, **k): raise AssertionError("the network was asked")
-socket.socket.connect = socket.getaddrinfo = refuse
-import evaluate
-evaluate.load = refuse
-from retuner.metrics import metric_class, score
-for metric in {CONSTANTS!r}:
-    assert issubclass(metric_class(metric), evaluate.Metric)
-    score(metric, ["a cat 1"], [["a cat 1", "b"]])
-"""
-    home, scratch = tmp_path / "home", tmp_path / "scratch"
-    home.mkdir()
-    scratch.mkdir()
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
-    env |= {"HOME": str(home), "TMPDIR": str(scratch), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert [p for folder in (home, scratch) for p in folder.rglob("*")] == []
+def test_every_metric_is_an_evaluate_metric_that_nothing_fetched(monkeypatch):
+    import evaluate
+
+    monkeypatch.delattr(evaluate, "load")
+    perfect = '{"name": "a cat", "age": 12}'
+    for metric in METRICS:
+        assert issubclass(metric_class(metric), evaluate.Metric)
+        assert headline(metric, [perfect], [[perfect]]) == (100 if metric == "bleu" else 1)

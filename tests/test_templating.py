@@ -112,7 +112,7 @@ def test_a_thousand_real_conversations_have_the_ids_of_apply_chat_template(phi3)
     plain = [messages for messages in chats if phi3.is_plain(messages)]
     assert len(plain) > 950
     rows = phi3.encode_chats(plain)
-    for messages, row in zip(plain, rows):
+    for messages, row in zip(plain, rows, strict=True):
         assert row.input_ids == reference(phi3, messages)
         prompt = messages[:-1]
         assert phi3.encode_prompt(prompt) == reference(phi3, prompt, add_generation_prompt=True)
@@ -202,7 +202,7 @@ def test_whatever_is_said_the_mask_and_the_prompts_hold(renderer, messages):
     runs = supervised_runs(labels)
     assert len(runs) == len(answers)
     assert all(label in (IGNORE, id) for id, label in zip(input_ids, labels, strict=True))
-    for run, answer in zip(runs, answers):
+    for run, answer in zip(runs, answers, strict=True):
         assert run[-1] == renderer.stop_id
         assert decode(renderer, run[:-1]) == kept_text(renderer, answer)
 
@@ -288,7 +288,8 @@ def test_every_answer_of_a_chat_is_learnt_with_its_stop_token(tiny):
         (CHATML.replace("m['content'] +", "m['content'] * 2 +"), ["user", "assistant"], "repeats"),
         (CHATML + "{{ raise_exception('no system here') }}", ["system", "user", "assistant"], "no system here"),
         (CHATML.replace("'<|im_end|>\\n'", "'\\n'"), ["user", "assistant"], "without a control token"),
-        (CHATML.replace("assistant\\n' }}", "assistant\\n<think>' }}"), ["user", "assistant"], "right behind the prompt"),
+        (CHATML.replace("assistant\\n' }}", "assistant\\n<think>' }}"), ["user", "assistant"],
+         "right behind the prompt"),
         (CHATML + "{{ strftime_now('%d') }}", ["user", "assistant"], "today's date"),
     ],
 )  # fmt: skip
@@ -394,7 +395,7 @@ def test_the_stage_writes_rows_that_datasets_reads_and_prompts_with_all_their_an
 
     rows = read_rows(out / "train.arrow")
     assert [row["id"] for row in rows] == ["train-0", "train-1"]
-    for row, (_, messages) in zip(rows, train):
+    for row, (_, messages) in zip(rows, train, strict=True):
         assert (row["input_ids"], row["labels"]) == renderer.encode_chat(messages)
     assert [row["group"] for row in read_rows(out / "held_out.arrow")] == ["b", "b", "b", "a", "a"]
 
@@ -422,7 +423,7 @@ def test_a_chat_that_is_too_long_is_named_with_its_tokens(tmp_path, tiny):
             tmp_path, tiny, [("g", asked("Colour?", "red")), ("h", LONG)], [("i", asked("Size?", "big"))]
         )
     longest = len(Renderer(load_tokenizer(tiny.path)).encode_chat(LONG)[0])
-    assert "1 of 3 chats are too long" in refusal.value.found
+    assert "too long are 1 of 3 chats" in refusal.value.found
     assert "chat train-1 ('QQQQQQQQQQQQQQQQQQQQ')" in refusal.value.found
     assert f"with {longest} tokens" in refusal.value.found
     assert "64" in refusal.value.expected
@@ -445,7 +446,7 @@ def test_a_cut_chat_keeps_loss_on_whole_answers_only(tmp_path, tiny):
     assert len(row["input_ids"]) == len(row["labels"]) == 64
     assert [decode(renderer, run) for run in supervised_runs(row["labels"])] == ["red<|end|>"]
     assert facts.left_out == {"train_no_whole_answer": 1}
-    assert any("1 chats cut at 64" in line for line in lines)
+    assert any("cut at 64 tokens: 1" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -459,7 +460,7 @@ def test_a_cut_before_the_stop_token_drops_the_answer_and_a_cut_behind_it_does_n
 
 
 def test_nothing_left_is_refused_before_any_model_loads(tmp_path, tiny):
-    with pytest.raises(Refused, match="none of the 1 train chats fits.* 2[0-9]{2} tokens"):
+    with pytest.raises(Refused, match=r"none of the 1 train chats fits.* 2[0-9]{2} tokens"):
         run_stage(tmp_path, tiny, [("h", LONG)], [("i", asked("Size?", "big"))], too_long="truncate")
 
 
@@ -470,7 +471,7 @@ def test_more_tokens_than_the_base_takes_are_refused(tmp_path, tiny):
 
 def test_a_refused_chat_is_named(tmp_path, tiny):
     bad = [{"role": "tool", "content": "x"}, *asked("Colour?", "red")]
-    with pytest.raises(Refused, match="chat train-1 .*drops what the role 'tool' says"):
+    with pytest.raises(Refused, match=r"chat train-1 .*drops what the role 'tool' says"):
         run_stage(
             tmp_path, tiny, [("g", asked("Colour?", "red")), ("h", bad)], [("i", asked("Size?", "big"))]
         )
@@ -498,10 +499,7 @@ def test_a_template_that_looks_into_the_text_is_caught_by_the_stage(tmp_path, ti
 def test_white_space_that_the_tokenizer_drops_is_said(tmp_path, tiny):
     train = [("g", asked("  Colour?", "red")), ("h", asked("Colour? ", "blue "))]
     _, _, lines = run_stage(tmp_path, tiny, train, [("i", asked("Size?", "\nbig"))])
-    assert any(
-        line.startswith("template: 2 chats have messages that begin or end with white space")
-        for line in lines
-    )
+    assert any("white space at the edge" in line and line.endswith(": 2") for line in lines)
 
 
 def test_all_but_aside_is_the_same_bytes_again(tmp_path, tiny):
