@@ -96,6 +96,8 @@ def prefect_environment(runtime: Runtime) -> dict[str, str]:
     }
     chosen = {name: os.environ.get(name, value) for name, value in settings.items()}
     chosen["PREFECT_HOME"] = str(runtime.prefect_home)
+    # Prefect makes the last folder of that path only, and without it its server never answers.
+    runtime.prefect_home.mkdir(parents=True, exist_ok=True)
     # A profile chosen elsewhere does not exist in this home.
     chosen["PREFECT_PROFILE"] = "ephemeral"
     if url := os.environ.get("PREFECT_API_URL") or running_prefect(runtime):
@@ -153,6 +155,8 @@ def ui(
                 say(f"{name:<7} {_shown(url)} (by your setting)")
             else:
                 servers.append((running.enter_context(launch(runtime, port)), port))
+        if any(server.process for server, _ in servers):
+            say("Starting; the first time takes up to a minute.")
         for server, port in servers:
             server.wait_until_it_answers()
             say(f"{server.name:<7} {server.url}{_note(server, port)}")
@@ -221,7 +225,7 @@ def _launched(
     with (folder / "server.log").open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *command],
-            env={**os.environ, **QUIET, **environment},
+            env={**QUIET, **os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

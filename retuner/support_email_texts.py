@@ -1,8 +1,7 @@
 """The words of the sample e-mails. `support_emails` puts them together and says what each label means.
 
-In every text `[a|b]` is a choice, {p} the product, {q} another one, {o} the order number, {n} the writer,
-{m} somebody else, {d} two digits. A text below `PROBLEMS`, `PRIORITIES` or `ACTIONS` must leave no doubt
-about its label, and no other text may hint at one.
+In every text `[a|b]` is a choice, {p} the product, {q} another one, {o} the order number, {n} the writer. A text
+below `PROBLEMS`, `PRIORITIES` or `ACTIONS` must leave no doubt about its label, and no other text may hint at one.
 """
 
 KEYS = ("product", "category", "priority", "order_number", "name", "action")

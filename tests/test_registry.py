@@ -405,7 +405,9 @@ def test_a_run_that_was_promoted_is_still_compared_with_what_it_replaced(on_file
     two = register(on_file, tmp_path, 2.0, compared_with=Incumbent(one, first))
     client.set_registered_model_alias(MODEL, "production", str(two))
     assert registry_reads.incumbent(on_file, MODEL, second) == Incumbent(one, first)
-    assert registry_reads.incumbent(on_file, MODEL, first) == Incumbent(two, second)
+    # The first was decided on when nothing was in production, and is not decided on again.
+    assert registry_reads.incumbent(on_file, MODEL, first) is None
+    assert registry_reads.incumbent(on_file, MODEL, "0" * 64) == Incumbent(two, second)
 
 
 # --- reads without mlflow

@@ -274,6 +274,11 @@ def test_a_torn_record_is_no_server(record):
     assert running_prefect(runtime) is None
 
 
+def test_the_settings_name_a_home_that_is_there():
+    # Prefect makes no parents: its server would wait out its time and fail.
+    assert Path(prefect_environment(load_runtime())["PREFECT_HOME"]).is_dir()
+
+
 def test_a_server_of_your_own_is_used_instead_of_ours(monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", "https://name:secret@prefect.example/api")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")

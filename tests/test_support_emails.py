@@ -107,11 +107,7 @@ def test_copied_labels_stand_in_the_email_letter_for_letter_and_are_absent_when_
 
 def test_an_email_says_what_its_labels_say_and_nothing_else(rows):
     """Read by the texts of each label. A misspelt text is not found, but never one of another label."""
-    said = {
-        "category": texts.PROBLEMS,
-        "priority": {**texts.PRIORITIES, "high": texts.PRIORITIES["high"] + texts.DANGERS},
-        "action": {**texts.ACTIONS, "replacement": texts.ACTIONS["replacement"] + texts.SWAPS},
-    }
+    said = {"category": texts.PROBLEMS, "priority": texts.PRIORITIES, "action": texts.ACTIONS}
     readers = {
         (key, label): re.compile("|".join(map(_pattern, set().union(*map(_expanded, choices)) - {""})))
         for key, by_label in said.items()
