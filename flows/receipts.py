@@ -39,13 +39,14 @@ def answer_from_receipt(params: Path, overrides: tuple[str, ...], runtime: Runti
     except (OSError, ValueError, KeyError, Refused):
         return None  # The long way says what is wrong.
     store, records = Store(runtime.store, shared_url=runtime.store_remote), []
+    made: dict[str, Any] = {}
     for name, fingerprint in receipt["stages"]:
         began = monotonic()
         manifest = store.verified_manifest(name, fingerprint)
         if manifest is None:
             return None
         records.append(StageRecord(name, "cached", monotonic() - began, fingerprint))
-    made = manifest["facts"]
+        made = manifest["facts"]
     here = (made["model_name"], made["model_version"], made["adapter_sha256"])
     if not registry_reads.still_registered(runtime, *here):
         return None

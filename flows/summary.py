@@ -12,8 +12,8 @@ from tasks.record import StageRecord
 
 def summarise(store: Store, records: Sequence[StageRecord], runtime: Runtime) -> dict[str, Any]:
     """The object that `retuner run --json` prints."""
-    manifests = {record.name: store.manifest(record.fingerprint) for record in records}
-    version, report = manifests["register"]["facts"], manifests["evaluate"]["facts"]
+    facts = {r.name: (store.manifest(r.fingerprint) or {})["facts"] for r in records}
+    version, report = facts["register"], facts["evaluate"]
     production = registry_reads.read_alias(runtime, version["model_name"], "production")
     return {
         "run_id": version["run_id"],

@@ -38,8 +38,8 @@ def version_named(runtime: Runtime, model: str, version: str) -> int:
 def compare_versions(runtime: Runtime, model: str, a: int, b: int) -> Comparison:
     """The two reports side by side. Errors: Refused when there is no such version or nothing is shared."""
     with TemporaryDirectory() as folder:
-        places = [registry.fetch_report(runtime, model, v, Path(folder, str(v))) for v in (a, b)]
-        return compare(*places)
+        report_a = registry.fetch_report(runtime, model, a, Path(folder, "a"))
+        return compare(report_a, registry.fetch_report(runtime, model, b, Path(folder, "b")))
 
 
 def history_lines(entries: tuple[dict[str, object], ...]) -> list[str]:

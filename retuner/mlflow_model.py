@@ -31,7 +31,8 @@ class AdapterOnBase(PythonModel):
 
 
 def _messages(row: dict[Any, Any]) -> list[dict[str, str]]:
-    messages, prompt = row.get("messages"), row.get("prompt")
+    messages: Any = row.get("messages")
+    prompt = row.get("prompt")
     if isinstance(messages, str):
         messages = json.loads(messages)
     if hasattr(messages, "tolist"):  # an array, where the table came from Parquet

@@ -172,7 +172,7 @@ class Store:
         shutil.rmtree(self.folder(name), ignore_errors=True)
 
     def manifest(self, name: str) -> dict[str, Any] | None:
-        """The manifest of a stored result that is whole, else None."""
+        """The manifest of a stored result, None when it is not there or not whole. Its files are not looked at."""
         try:
             return self._checked_manifest(name)
         except Broken:

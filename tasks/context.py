@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from retuner import tracking
+from retuner import registry_reads, tracking
 from retuner.dataset import Dataset, open_dataset
 from retuner.fingerprint import spell
 from retuner.observe import Observer, Silent
@@ -45,6 +45,7 @@ class RunContext:
     on_mlflow_run: Callable[[str], None] = lambda run_id: None
     """Told the id of the MLflow run when it is opened."""
     _mlflow_run: tracking.Run | None = None
+    _incumbents: dict[str, registry_reads.Incumbent | None] = field(default_factory=dict)
 
     @cached_property
     def store(self) -> Store:
@@ -75,7 +76,14 @@ class RunContext:
             self.on_mlflow_run(self._mlflow_run.run_id)
         return self._mlflow_run
 
-    def close_run(self, status: str) -> None:
+    def incumbent(self, adapter_sha256: str) -> registry_reads.Incumbent | None:
+        """What the new adapter is compared with: asked once, so that the version names what its report saw."""
+        if adapter_sha256 not in self._incumbents:
+            name = self.params.register_.model_name
+            self._incumbents[adapter_sha256] = registry_reads.incumbent(self.runtime, name, adapter_sha256)
+        return self._incumbents[adapter_sha256]
+
+    def close_run(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End the MLflow run, if one was opened, as FINISHED, FAILED or KILLED."""
         if self._mlflow_run:
             tracking.end_run(self._mlflow_run, status)

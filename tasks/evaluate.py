@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from retuner import evaluation, registry, registry_reads
+from retuner import evaluation, registry
 from retuner.artifacts import Adapter, Base, Chats, ReportFacts
 from retuner.params import EvaluateParams
 from tasks.context import RunContext
@@ -12,7 +12,7 @@ def evaluate(
 ) -> Step[ReportFacts]:
     """Base, production and new adapter on the same held-out rows."""
     model_name, train = run.params.register_.model_name, run.params.train
-    incumbent = registry_reads.incumbent(run.runtime, model_name, adapter.facts.sha256)
+    incumbent = run.incumbent(adapter.facts.sha256)
 
     def build(out: Path, work: Path) -> ReportFacts:
         folder = None

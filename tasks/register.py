@@ -51,7 +51,7 @@ def register(
             tags={"retuner.gate": "passed" if decision.passed else "said no"},
             note=run_page.note(report.facts, decision, _note_lines(run, base, adapter)),
         )
-        incumbent = registry_reads.incumbent(run.runtime, params.model_name, adapter.facts.sha256)
+        incumbent = run.incumbent(adapter.facts.sha256)
         version = registry.register_version(
             mlflow_run,
             params.model_name,

@@ -44,7 +44,11 @@ def flow_runs(api: str) -> list[dict]:
 def csrf(api: str) -> dict[str, str]:
     client = "tests"
     token = httpx.get(f"{api}/csrf-token", params={"client": client})
-    return {"Prefect-Csrf-Token": token.json()["token"], "Prefect-Csrf-Client": client} if token.is_success else {}
+    return (
+        {"Prefect-Csrf-Token": token.json()["token"], "Prefect-Csrf-Client": client}
+        if token.is_success
+        else {}
+    )
 
 
 def task_states(api: str, flow_run: dict) -> dict[str, str]:
@@ -114,7 +118,12 @@ def test_without_a_server_a_cached_run_starts_none_and_imports_nothing_heavy(fin
         f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=project, env=environment(home), capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=project,
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     told, loaded = done.stdout.splitlines()
     assert [stage["state"] for stage in json.loads(told)["stages"]] == ["cached"] * 6
@@ -150,7 +159,13 @@ def test_another_clone_under_another_hash_seed_makes_the_same_fingerprints_and_b
 ):
     project = Path(shutil.copytree(made, tmp_path / "elsewhere" / "deeper" / "project"))
     done = retuner(
-        project, tmp_path / "home", "run", "params.yaml", "--json", PREFECT_API_URL=prefect_api, PYTHONHASHSEED="7"
+        project,
+        tmp_path / "home",
+        "run",
+        "params.yaml",
+        "--json",
+        PREFECT_API_URL=prefect_api,
+        PYTHONHASHSEED="7",
     )
     other, first = json.loads(done.stdout), finished[2]
     assert other["adapter_sha256"] == first["adapter_sha256"]
@@ -163,7 +178,9 @@ def test_two_of_the_same_run_at_once_compute_each_stage_once(made, tmp_path, pre
     command = [sys.executable, "-m", "flows.cli", "run", "params.yaml", "--json"]
     env = environment(tmp_path / "home", PREFECT_API_URL=prefect_api)
     both = [
-        subprocess.Popen(command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     told = [json.loads(process.communicate()[0]) for process in both]
@@ -173,13 +190,20 @@ def test_two_of_the_same_run_at_once_compute_each_stage_once(made, tmp_path, pre
     assert told[0]["model_version"] == told[1]["model_version"] == 1
 
 
-def kill_and_finish(project: Path, home: Path, api: str, kills: int, draw: random.Random, longest: float) -> dict:
+def kill_and_finish(
+    project: Path, home: Path, api: str, kills: int, draw: random.Random, longest: float
+) -> dict:
     """Kill the run's whole process group `kills` times at random instants, then let it end."""
     command = [sys.executable, "-m", "flows.cli", "run", "params.yaml", "--json"]
     env = environment(home, PREFECT_API_URL=api)
     for _ in range(kills):
         process = subprocess.Popen(
-            command, cwd=project, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            cwd=project,
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         try:
             process.wait(draw.uniform(0.0, longest))
@@ -214,7 +238,9 @@ def killed(made, finished, tmp_path, api, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_killed_run_ends_in_the_same_bytes_and_leaves_nothing_open(made, finished, tmp_path, prefect_api, seed):
+def test_a_killed_run_ends_in_the_same_bytes_and_leaves_nothing_open(
+    made, finished, tmp_path, prefect_api, seed
+):
     killed(made, finished, tmp_path, prefect_api, seed)
 
 
