@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -363,6 +364,8 @@ def _print_json(value: Any) -> None:
 def main() -> None:
     """Run the command line and leave with the documented exit code."""
     debug = "--debug" in sys.argv
+    # `kill` ends a run as Ctrl-C does: its MLflow run is closed, and the server it started is stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)
     except RetunerError as error:

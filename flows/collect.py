@@ -26,7 +26,8 @@ def collect(runtime: Runtime, keep_versions: int, dry_run: bool) -> Collected:
     """
     for lock in sorted((runtime.home / "running").glob("*.lock")):
         try:
-            FileLock(lock).acquire(blocking=False).lock.release()  # type: ignore[union-attr]
+            with FileLock(lock, blocking=False):
+                pass
         except Timeout:
             raise Refused(
                 "a run is going on", "no run while results are removed", "try again after it"

@@ -170,6 +170,12 @@ class RegisterParams(Strict):
     promote: Literal["when_gate_passes", "by_hand"]
     gate: GateParams
 
+    @model_validator(mode="after")
+    def _gate_that_can_say_no(self):
+        if self.promote == "when_gate_passes" and not self.gate.rules:
+            raise ValueError("promote is when_gate_passes, but a gate without rules passes everything")
+        return self
+
 
 class Params(Strict):
     """One complete run."""

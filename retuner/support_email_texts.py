@@ -1,10 +1,10 @@
 """The words of the sample e-mails. `support_emails` puts them together and says what each label means.
 
 In every text `[a|b]` is a choice, {p} the product, {q} another one, {o} the order number, {n} the writer. A text
-below `PROBLEMS`, `PRIORITIES` or `ACTIONS` must leave no doubt about its label, and no other text may hint at one.
+below `PROBLEMS` or `PRIORITIES` must leave no doubt about its label, and no other text may hint at one.
 """
 
-KEYS = ("product", "category", "priority", "order_number", "name", "action")
+KEYS = ("product", "category", "priority", "order_number", "name")
 
 
 def _listed(words: str) -> tuple[str, ...]:
@@ -12,18 +12,17 @@ def _listed(words: str) -> tuple[str, ...]:
 
 
 INSTRUCTIONS = (
-    "Turn this e-mail into JSON with product, category, priority, order_number, name, action:",
-    "Support e-mail to JSON (product, category, priority, order_number, name, action):",
-    "Extract product, category, priority, order_number, name, action as one line of JSON.",
-    "Read the message and give product, category, priority, order_number, name, action as JSON.",
-    "JSON please: product, category, priority, order_number, name, action; null if unknown.",
-    "Fill in product, category, priority, order_number, name, action from this e-mail, as JSON.",
+    "Turn this e-mail into JSON:",
+    "Support e-mail to JSON, please:",
+    "Give product, category, priority, order_number and name as JSON.",
+    "Fill in product, category, priority, order_number, name:",
+    "E-mail to JSON:",
 )
 SYSTEMS = (
-    "You turn support e-mails into JSON: product, category, priority, order_number, name, action.",
-    "Answer every e-mail with one line of JSON: product, category, priority, order_number, name, action.",
-    "You read a shop's mail. Reply in JSON only: product, category, priority, order_number, name, action.",
-    "Extract product, category, priority, order_number, name, action as JSON; null if unknown.",
+    "You turn support e-mails into JSON: product, category, priority, order_number, name.",
+    "Answer every e-mail with one line of JSON.",
+    "You read a shop's mail and reply in JSON only.",
+    "Extract product, category, priority, order_number, name as JSON; null if unknown.",
 )
 
 PRODUCTS = _listed(
@@ -35,7 +34,6 @@ PRODUCTS = _listed(
     "rice cooker|alarm clock|air pump|step ladder|wool blanket|cutting board|speaker|camera bag|"
     "shower head|night light|lawn mower|oven glove|juicer|bath mat|coat rack|guitar stand"
 )
-UNNAMED = ("item", "article", "product")
 
 FIRST_NAMES = _listed(
     "Marta|Tobias|Ines|Kwame|Priya|Jonas|Leila|Anders|Chloe|Dmitri|Fatima|Hugo|Yuki|Samuel|Nadia|"
@@ -136,25 +134,6 @@ PRIORITIES = {
     ),
     "normal": ("",),
 }
-ACTIONS = {
-    "refund": (
-        "[I want|I would like|Please give me] a refund.",
-        "[A refund, please.|Can I get a refund?|I ask for a refund.]",
-        "Please refund [me|my card].",
-    ),
-    "replacement": (
-        "Please send [a|me a] replacement.",
-        "[Can|Could] you [send|ship] me a replacement?",
-        "[I would like a replacement.|A replacement is what I want.]",
-    ),
-    "callback": (
-        "Please call me[| back].",
-        "[Can|Could] someone call me[| back| about this]?",
-        "I would rather talk, so please call me.",
-    ),
-    None: ("",),
-}
-
 ORDER_MENTIONS = (
     "[Order|My order is|The order number is|Order no.] {o}.",
     "[It is|This is about|I mean] order [{o}|#{o}].",
@@ -188,7 +167,17 @@ BUYER_TALK = (
 GREETINGS = ("[Hi,|Hello,|Hello there,|Dear team,|Good morning,|Hey,|Hi support,|Dear shop,|]",)
 NAMED_ENDINGS = ("[Thanks, |- |Best, |Yours, |Cheers |]{n}", "[Regards,|Kind regards|Thank you]\n{n}")
 NAMED_OPENINGS = ("[This is|It is|I am|My name is] {n}.", "{n} here.")
-UNNAMED_ENDINGS = ("[Thanks|Thank you.|Regards|A customer|Best wishes|Sent from my phone]", "")
+PLAIN_ENDINGS = ("[Thanks|Thank you.|Regards|Best wishes|Sent from my phone]", "")
+UNNAMED_ENDINGS = (
+    "[Thanks, |Regards,\n|- |]a customer",
+    "[Thanks|Regards].\n(no name given)",
+    "[Yours, |]anonymous",
+)
+NO_ORDER_NUMBER = (
+    "I have no order number.",
+    "[I lost|I cannot find] the order number.",
+    "[There is no|No] order number[ yet|].",
+)
 
 FOLLOW_UPS = {
     "product": (
@@ -202,10 +191,6 @@ FOLLOW_UPS = {
     "priority": (
         "[By the way|Update]: it is urgent now.",
         "It has become urgent!",
-    ),
-    "action": (
-        "On second thought, [I want a refund|please refund me].",
-        "I would rather have a refund.",
     ),
     "name": ("[I forgot to sign|My name is missing]: {n}.", "PS: the name is {n}."),
 }

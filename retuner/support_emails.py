@@ -4,8 +4,8 @@
 
 Everything here is invented. An answer has these keys, in this order, and no white space between them:
 
-- `product`: what was ordered or asked about, in small letters; null when it is only "the item" or "my order".
-  In a mix-up it is what the customer wanted, not what came.
+- `product`: what was ordered or asked about, in small letters. In a mix-up it is what the customer wanted, not
+  what came.
 - `category`: the first of these that fits
     `billing`     a wrong charge, price, discount or invoice
     `wrong_item`  something else came than was ordered: another thing, size, colour or model
@@ -15,9 +15,8 @@ Everything here is invented. An answer has these keys, in this order, and no whi
     `question`    nothing is wrong, the customer only wants to know something
 - `priority`: `high` when the writer says it is urgent; `low` when the writer says there is no hurry; `normal`
   when neither is said. Anger alone is not urgency.
-- `order_number`: two letters, a dash and five digits, as written, without a leading `#`; null when there is none.
-- `name`: the writer's, letter for letter as written; null when not given.
-- `action`: `refund`, `replacement` or `callback` when the writer asks for one; else null.
+- `order_number`: two letters, a dash and five digits, without a leading `#`; null when the writer has none.
+- `name`: the writer's, letter for letter as written; null for a customer without a name.
 
 A follow-up e-mail that corrects something is answered with the whole corrected object.
 """
@@ -33,16 +32,6 @@ from retuner import support_email_texts as texts
 FILE_NAME = "support_emails.jsonl"
 ROWS = 1500
 SEED = 20
-
-# What may be asked for: nobody wants another one of what they send back.
-ACTIONS_BY_CATEGORY = {
-    "billing": ("refund", "refund", "callback", None),
-    "wrong_item": ("refund", "replacement", "replacement", "callback", None),
-    "damaged": ("refund", "replacement", "replacement", "callback", None),
-    "delivery": ("refund", "replacement", "callback", None, None),
-    "return": ("refund", "refund", "callback", None),
-    "question": ("callback", None, None),
-}
 
 
 def conversations(rows: int, seed: int) -> list[dict]:
@@ -92,15 +81,13 @@ def _turn(role: str, content: str) -> dict:
 
 def _labels(rng: random.Random) -> dict:
     category = rng.choice(tuple(texts.PROBLEMS))
-    unnamed = category not in ("question", "wrong_item") and rng.random() < 0.12
-    nameless, orderless = rng.random() < 0.12, rng.random() < (0.85 if category == "question" else 0.2)
+    nameless, orderless = rng.random() < 0.12, rng.random() < 0.2
     return {
-        "product": None if unnamed else rng.choice(texts.PRODUCTS),
+        "product": rng.choice(texts.PRODUCTS),
         "category": category,
         "priority": rng.choice(("high", "normal", "normal", "low")),
         "order_number": None if orderless else _order_number(rng),
         "name": None if nameless else _name(rng),
-        "action": rng.choice(ACTIONS_BY_CATEGORY[category]),
     }
 
 
@@ -129,29 +116,25 @@ def _email(rng: random.Random, labels: dict) -> str:
     problem = say(texts.PROBLEMS[labels["category"]])
     if rng.random() < 0.08:
         problem = problem.rstrip(".") + "!!"
-    wishes = [
-        say(texts.PRIORITIES[labels["priority"]]),
-        say(texts.ACTIONS[labels["action"]]),
-    ]
-    rng.shuffle(wishes)
-    sentences = [problem, *wishes]
-    if rng.random() < 0.4:
+    sentences = [problem, say(texts.PRIORITIES[labels["priority"]])]
+    if rng.random() < 0.25:
         sentences.insert(rng.choice((1, len(sentences))), say(small_talk))
 
     subject = ""
     if labels["order_number"] and rng.random() < 0.08:
         subject = say(texts.ORDER_SUBJECTS)
     else:
-        if labels["order_number"]:
-            sentences.insert(rng.randrange(len(sentences) + 1), say(texts.ORDER_MENTIONS))
+        mentions = texts.ORDER_MENTIONS if labels["order_number"] else texts.NO_ORDER_NUMBER
+        sentences.insert(rng.randrange(len(sentences) + 1), say(mentions))
         subject = say(texts.SUBJECTS) if rng.random() < 0.08 else ""
 
-    ending = say(texts.UNNAMED_ENDINGS)
-    if labels["name"]:
-        if rng.random() < 0.2:
-            sentences.insert(0, say(texts.NAMED_OPENINGS))
-        else:
-            ending = say(texts.NAMED_ENDINGS)
+    if not labels["name"]:
+        ending = say(texts.UNNAMED_ENDINGS)
+    elif rng.random() < 0.2:
+        sentences.insert(0, say(texts.NAMED_OPENINGS))
+        ending = say(texts.PLAIN_ENDINGS)
+    else:
+        ending = say(texts.NAMED_ENDINGS)
     body = rng.choice((" ", " ", " ", "\n")).join(sentence for sentence in sentences if sentence)
     body = _misspelt(rng, body, labels) if rng.random() < 0.2 else body
     opening = say(texts.GREETINGS) + rng.choice(("\n", " "))
@@ -164,14 +147,12 @@ def _correction(rng: random.Random, labels: dict, email: str) -> tuple[str, dict
     possible = ["order_number", "product"]
     possible += ["priority"] if labels["priority"] != "high" else []
     possible += ["name"] if labels["name"] is None else []
-    possible += ["action"] if labels["action"] != "refund" and labels["category"] != "question" else []
     key = rng.choice(possible)
     new = {
         "order_number": _order_number(rng),
         "product": rng.choice([product for product in texts.PRODUCTS if product not in email.lower()]),
         "priority": "high",
         "name": _name(rng),
-        "action": "refund",
     }[key]
     corrected = {**labels, key: new}
     return _fill(rng, rng.choice(texts.FOLLOW_UPS[key]), corrected), corrected
@@ -180,7 +161,7 @@ def _correction(rng: random.Random, labels: dict, email: str) -> tuple[str, dict
 def _fill(rng: random.Random, text: str, labels: dict) -> str:
     """`text` with its choices made and its places filled."""
     text = re.sub(r"\[([^]]*)\]", lambda found: rng.choice(found[1].split("|")), text)
-    product, writer = labels["product"] or rng.choice(texts.UNNAMED), labels["name"] or ""
+    product, writer = labels["product"], labels["name"] or ""
     places = {
         "{p}": product,
         "{q}": rng.choice([other for other in texts.PRODUCTS if other != product]),

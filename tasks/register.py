@@ -65,7 +65,8 @@ def register(
                 "report_digest": report.digest,
                 "git_commit": lineage["git_commit"],
                 "stage_fingerprints": json.dumps(
-                    {result.stage: result.fingerprint for result in (base, splits, chats, adapter, report)}
+                    {r.stage: r.fingerprint for r in (base, splits, chats, adapter, report)}
+                    | {"register": work.name}
                 ),
             },
             lineage=lineage,
