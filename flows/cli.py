@@ -56,10 +56,14 @@ def options(
 @app.command()
 def run(params: ParamsFile, set_: Overrides = [], as_json: AsJson = False, debug: Debug = False) -> None:
     """Run the whole pipeline; stages whose result is there are not run again."""
-    from flows.receipts import answer_from_receipt
-
     runtime = load_runtime()
-    if (summary := answer_from_receipt(params, tuple(set_), runtime)) is None:
+    summary = None
+    if not (os.environ.get("PREFECT_API_URL") or (runtime.prefect_home / "server.json").exists()):
+        # With a Prefect server the run is recorded there, cached or not.
+        from flows.receipts import answer_from_receipt
+
+        summary = answer_from_receipt(params, tuple(set_), runtime)
+    if summary is None:
         from flows.run import run_pipeline
 
         summary = run_pipeline(params, tuple(set_), runtime)

@@ -168,11 +168,7 @@ GREETINGS = ("[Hi,|Hello,|Hello there,|Dear team,|Good morning,|Hey,|Hi support,
 NAMED_ENDINGS = ("[Thanks, |- |Best, |Yours, |Cheers |]{n}", "[Regards,|Kind regards|Thank you]\n{n}")
 NAMED_OPENINGS = ("[This is|It is|I am|My name is] {n}.", "{n} here.")
 PLAIN_ENDINGS = ("[Thanks|Thank you.|Regards|Best wishes|Sent from my phone]", "")
-UNNAMED_ENDINGS = (
-    "[Thanks, |Regards,\n|- |]a customer",
-    "[Thanks|Regards].\n(no name given)",
-    "[Yours, |]anonymous",
-)
+UNNAMED_ENDINGS = ("[Thanks.|Regards,|]\n(no name given)", "(no name)")
 NO_ORDER_NUMBER = (
     "I have no order number.",
     "[I lost|I cannot find] the order number.",

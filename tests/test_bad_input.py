@@ -90,7 +90,7 @@ def test_a_base_that_is_not_there(project, prefect_api):
 
 def test_a_hub_that_cannot_be_reached(project, prefect_api):
     text = (project / "params.yaml").read_text()
-    hub = text.replace("  source: tiny\n  seed: 0", f"  source: hub\n  repo: a/b\n  commit: {'0' * 40}")
+    hub = text.replace("  source: tiny\n  seed: 0", f"  source: hub\n  repo: a/b\n  commit: {'ab' * 20}")
     (project / "params.yaml").write_text(hub)
     fails(project, 4, "a/b", PREFECT_API_URL=prefect_api, HF_ENDPOINT=NOWHERE, HF_HUB_OFFLINE="0")
 

@@ -18,7 +18,7 @@ from flows.pipeline import STAGES
 from retuner import registry_reads, tracking
 from retuner.runtime import Runtime
 
-HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "evaluate", "prefect", "mlflow", "pydantic")
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "evaluate", "prefect", "mlflow")
 
 
 @pytest.fixture(scope="module")
