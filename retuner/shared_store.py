@@ -1,4 +1,4 @@
-"""Results that several machines share, as files at any fsspec URL (`s3://bucket/retuner`, `file:///mnt/share`).
+"""Results that several machines share, as files at any fsspec URL (`s3://bucket/retuner`, `file:///srv/share`).
 
 `URL/<fingerprint>/` holds the files and, written last, manifest.json: a result exists when its manifest does. Nothing
 that comes from there is used before every byte of it was verified, which is the local store's work.

@@ -31,9 +31,10 @@ def finished(made, prefect_api, tmp_path_factory):
     """A project that has run once, its home, and what the run printed."""
     place = tmp_path_factory.mktemp("finished")
     project = Path(shutil.copytree(made, place / "project"))
+    began = time.monotonic()
     done = retuner(project, place / "home", "run", "params.yaml", "--json", PREFECT_API_URL=prefect_api)
     assert done.returncode == 0, done.stderr
-    return project, place / "home", json.loads(done.stdout)
+    return project, place / "home", json.loads(done.stdout) | {"seconds": time.monotonic() - began}
 
 
 def flow_runs(api: str) -> list[dict]:
@@ -227,11 +228,7 @@ def check_nothing_left(home: Path, api: str) -> None:
 def killed(made, finished, tmp_path, api, seed: int) -> None:
     project = Path(shutil.copytree(made, tmp_path / f"project-{seed}"))
     home = tmp_path / f"home-{seed}"
-    draw = random.Random(seed)
-    began = time.monotonic()
-    retuner(project, tmp_path / f"timing-{seed}", "run", "params.yaml", PREFECT_API_URL=api)
-    undisturbed_seconds = time.monotonic() - began
-    told = kill_and_finish(project, home, api, kills=1 + seed % 2, draw=draw, longest=undisturbed_seconds)
+    told = kill_and_finish(project, home, api, 1 + seed % 2, random.Random(seed), finished[2]["seconds"])
     assert told["adapter_sha256"] == finished[2]["adapter_sha256"]
     assert told["model_version"] == 1
     check_nothing_left(home, api)
