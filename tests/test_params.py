@@ -1,6 +1,8 @@
+import json
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from retuner.errors import Refused
 from retuner.params import load
@@ -15,13 +17,13 @@ def test_every_shipped_params_file_describes_a_run(path):
 
 
 def test_everything_wrong_is_said_at_once_with_what_was_found(tmp_path):
-    text = QUICKSTART.read_text()
-    text = text.replace("  seed: 0\n  precision", '  seed: "0"\n  precision').replace(
-        "split_salt", "split_sat"
-    )
-    text = text.replace("    rank: 8", "    rank: 0").replace("  max_new_tokens: 72\n", "")
+    settings = YAML(typ="safe", pure=True).load(QUICKSTART.read_text())
+    settings["train"]["seed"] = "0"
+    settings["train"]["lora"]["rank"] = 0
+    settings["prepare"]["split_sat"] = settings["prepare"].pop("split_salt")
+    del settings["evaluate"]["max_new_tokens"]
     broken = tmp_path / "broken.yaml"
-    broken.write_text(text)
+    broken.write_text(json.dumps(settings))  # JSON is YAML
     with pytest.raises(Refused) as refused:
         load(broken)
     said = str(refused.value)
