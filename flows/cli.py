@@ -28,7 +28,7 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Version = Annotated[str, typer.Argument(help="A version number, or NAME@ALIAS, NAME/NUMBER.")]
+Version = Annotated[str, typer.Argument(help="A version's number, an alias, or the id of its MLflow run.")]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="The registered model; needed when there are several.")
 ]
@@ -123,7 +123,7 @@ def accept(
 def compare(
     a: Version, b: Version, model: ModelName = None, as_json: AsJson = False, debug: Debug = False
 ) -> None:
-    """Two versions side by side, with intervals and the prompts whose answers changed."""
+    """Two versions or runs side by side, with intervals and the prompts whose answers changed."""
     from flows.versions import compare_versions, model_named, version_named
 
     runtime = load_runtime()

@@ -1,9 +1,9 @@
 """Which version a person means, and what its report was."""
 
-import json
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from retuner import registry
 from retuner.compare import Comparison, compare
@@ -23,14 +23,21 @@ def model_named(runtime: Runtime, model: str | None) -> str:
 
 
 def version_named(runtime: Runtime, model: str, version: str) -> int:
-    """A number, or what an alias such as `candidate` points to. Errors: Refused."""
+    """A number, what an alias such as `candidate` points to, or what an MLflow run registered.
+
+    Errors: Refused.
+    """
     if re.fullmatch(r"[0-9]{1,9}", version):
         return int(version)
-    if number := read_alias(runtime, model, version):
+    if re.fullmatch(r"[0-9a-f]{32}", version):
+        number = registry.version_of_run(runtime, model, version)
+    else:
+        number = read_alias(runtime, model, version)
+    if number:
         return number
     raise Refused(
         f"{model} has no version {version!r}",
-        "a version's number, or one of the aliases candidate, production, previous",
+        "a version's number, one of the aliases candidate, production, previous, or the id of its MLflow run",
         f"retuner history --model {model}",
     )
 
@@ -42,12 +49,20 @@ def compare_versions(runtime: Runtime, model: str, a: int, b: int) -> Comparison
         return compare(report_a, registry.fetch_report(runtime, model, b, Path(folder, "b")))
 
 
-def history_lines(entries: tuple[dict[str, object], ...]) -> list[str]:
-    """A line for each change of production, oldest first."""
-    lines = []
-    for entry in entries:
-        if entry["event"] not in ("done", "outside"):
-            continue
-        told = {k: v for k, v in entry.items() if k in ("from", "to", "found", "reason", "actor")}
-        lines.append(f"{entry['at']}  {entry['event']:<8} {json.dumps(told, ensure_ascii=False)}")
-    return lines
+def history_lines(entries: tuple[dict[str, Any], ...]) -> list[str]:
+    """A sentence for each change of production, oldest first."""
+    return [f"{e['at']}  {_sentence(e)}" for e in entries if e["event"] in ("done", "outside")]
+
+
+def _sentence(entry: dict[str, Any]) -> str:
+    if entry["event"] == "outside":
+        found, expected = (_named(entry[key]) for key in ("found", "expected"))
+        return f"{found} found in production instead of {expected}: changed outside retuner"
+    verb = "rolled back to" if entry["action"] == "rollback" else "promoted"
+    forced = ", although its gate said no" if entry.get("forced") else ""
+    because = f": {entry['reason']}" if entry["reason"] else ""
+    return f"{verb} {_named(entry['to'])} over {_named(entry['from'])}{forced}, by {entry['actor']}{because}"
+
+
+def _named(version: int | None) -> str:
+    return "nothing" if version is None else f"version {version}"

@@ -238,6 +238,13 @@ def versions_of(runtime: Runtime, model_name: str, adapter_sha256: str) -> list[
         return [int(v.version) for v in _versions(mlflow_client(runtime), model_name, adapter_sha256)]
 
 
+def version_of_run(runtime: Runtime, model_name: str, run_id: str) -> int | None:
+    """The version that an MLflow run registered, None where there is none."""
+    with mlflow_said(runtime):
+        found = mlflow_client(runtime).search_model_versions(f"name = '{model_name}' AND run_id = '{run_id}'")
+        return min((int(version.version) for version in found), default=None)
+
+
 def _ensure_model(client: MlflowClient, model_name: str) -> None:
     from mlflow.exceptions import MlflowException
 
