@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from retuner.artifacts import SplitsFacts
 from retuner.chats import BadRow, Chat, read_chats
 from retuner.dataset import DataFile, Dataset
+from retuner.describe import describe
 from retuner.errors import Refused
 from retuner.observe import Observer
 from retuner.params import PrepareParams
@@ -77,7 +78,13 @@ def prepare(out: Path, dataset: Dataset, params: PrepareParams, observer: Observ
     _write(out / "held_out.jsonl", (row.line for row in held_out))
     (out / "aside").mkdir()
     _write(out / "aside" / "quarantine.jsonl", (_json(asdict(bad)) for bad in intake.bad_rows))
-    report = facts.model_dump() | {"rows_by_file": intake.rows_by_file}
+    report = facts.model_dump() | {
+        "rows_by_file": intake.rows_by_file,
+        "duplicates": {"folded": facts.duplicates},
+        "train": {"rows": facts.train_rows, "groups": facts.train_groups},
+        "held_out": {"rows": facts.held_out_rows, "groups": facts.held_out_groups},
+        "description": describe(json.loads(row.line)["messages"] for row in (*train, *held_out)).spelled(),
+    }
     _write(out / "aside" / "report.json", [_json(report)])
     observer.say(
         f"prepare: {facts.rows_read:,} rows, {facts.duplicates:,} duplicates dropped, "
