@@ -18,7 +18,7 @@ def prepare(run: RunContext, dataset: Dataset, params: PrepareParams) -> Step[Sp
         stage="prepare",
         code=("retuner.splits:prepare",),
         params=params.model_dump(mode="json"),
-        inputs={"dataset": dataset.md5},
+        inputs={"dataset": dataset.md5, **run.held_out_sets.inputs},
         facts=SplitsFacts,
         build=build,
     )
