@@ -52,7 +52,7 @@ def prepare(out: Path, dataset: Dataset, params: PrepareParams, observer: Observ
     Errors: Refused when no file matches, a file is of another kind, there are more bad rows than
     `params.max_bad_rows`, or a side would be empty. The message says where and what to do.
     """
-    files = _matching(dataset, params.files)
+    files = matching(dataset, params.files)
     intake = _read(files, params, observer)
     if intake.rejected.total() > params.max_bad_rows:
         raise _too_many_bad_rows(intake, params.max_bad_rows)
@@ -122,7 +122,7 @@ def _digest(parts: list[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()[:32]
 
 
-def _matching(dataset: Dataset, pattern: str) -> list[DataFile]:
+def matching(dataset: Dataset, pattern: str) -> list[DataFile]:
     """The files a glob names, in the sense of `Path.glob`, sorted by name."""
     files = sorted(dataset.files, key=lambda file: file.relpath)
     matching = [file for file in files if _matches(file.relpath.split("/"), pattern.split("/"))]
