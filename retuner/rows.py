@@ -41,13 +41,21 @@ class Batch:
         """The rows that `order` numbers, in that order."""
         sizes = body_sizes(self.heads)
         ends = np.cumsum(sizes)
-        view = memoryview(self.bodies)
-        spans = zip((ends - sizes)[order].tolist(), ends[order].tolist())
-        return Batch(self.heads[order], b"".join([view[begin:end] for begin, end in spans]))
+        return Batch(self.heads[order], _joined(self.bodies, (ends - sizes)[order], ends[order]))
+
+    def lines(self, which: Any) -> bytes:
+        """The lines of the rows for which `which` is true."""
+        ends = np.cumsum(body_sizes(self.heads))
+        return _joined(self.bodies, (ends - self.heads["line"])[which], ends[which])
 
 
 def body_sizes(heads: Any) -> Any:
     return heads["words"].astype(np.int64) * 4 + heads["line"]
+
+
+def _joined(data: bytes, begins: Any, ends: Any) -> bytes:
+    view = memoryview(data)
+    return b"".join([view[begin:end] for begin, end in zip(begins.tolist(), ends.tolist())])
 
 
 def concatenated(batches: list[Batch]) -> Batch:
@@ -147,23 +155,17 @@ class Ordered:
         self.sides: Any = None
         self.word_ends: Any = None
 
-    def add(self, batch: Batch, sides: Any) -> bytes:
-        """The words are kept; the lines are handed back."""
+    def add(self, batch: Batch, sides: Any) -> None:
+        """The words are kept; the lines are not."""
         heads = batch.heads
         self.heads_file.write(heads.tobytes())
         for band, file in enumerate(self.bands_files):
             file.write(np.ascontiguousarray(heads["bands"][:, band]).tobytes())
-        words = heads["words"].astype(np.int64) * 4
-        ends = np.cumsum(body_sizes(heads))
-        view = memoryview(batch.bodies)
-        begins = ends - heads["line"] - words
-        self.words_file.write(
-            b"".join([view[b:e] for b, e in zip(begins.tolist(), (begins + words).tolist())])
-        )
+        ends = np.cumsum(body_sizes(heads)) - heads["line"]
+        begins = ends - heads["words"].astype(np.int64) * 4
+        self.words_file.write(_joined(batch.bodies, begins, ends))
         self._sides.append(sides.astype(np.uint16))
         self._words.append(heads["words"])
-        lines = zip((begins + words).tolist(), ends.tolist())
-        return b"".join([view[b:e] for b, e in lines])
 
     def finish(self) -> None:
         """After the last row: from now on rows are read."""
@@ -202,10 +204,12 @@ class Ordered:
             made[place] = np.frombuffer(found, "<u4")
         return made
 
+    def word_counts(self, rows: Any) -> Any:
+        return self.word_ends[rows] - self._word_begins(rows)
+
     def words(self, rows: Any) -> tuple[Any, Any]:
         """The words of the rows that are numbered, one row after the other, and how many each has."""
-        ends = self.word_ends[rows]
-        begins = np.where(rows > 0, self.word_ends[np.maximum(rows, 1) - 1], 0)
+        begins, ends = self._word_begins(rows), self.word_ends[rows]
         spans = zip((begins * 4).tolist(), ((ends - begins) * 4).tolist())
         pieces = [_read(self.words_file, at, size) for at, size in spans]
         return np.frombuffer(b"".join(pieces), "<u4"), ends - begins
@@ -220,6 +224,9 @@ class Ordered:
             words = _records(self.words_file, begin, int(ends[-1]) - begin, 4)
             yield row, np.frombuffer(words, "<u4"), np.diff(ends, prepend=begin)
             row = last
+
+    def _word_begins(self, rows: Any) -> Any:
+        return np.where(rows > 0, self.word_ends[np.maximum(rows, 1) - 1], 0)
 
     def close(self) -> None:
         for file in (self.heads_file, self.words_file, *self.bands_files):
