@@ -129,7 +129,7 @@ class Runs:
         records.add(runs, (hashes >> np.uint64(56)).astype(np.uint8))
 
     def _keys(self, words: Any) -> tuple[Any, Any]:
-        """For each word two places in the filter for the run of eight that begins there (Bloom, 1970). The last have none."""
+        """Two places in the filter for the run of eight that begins at each word (Bloom, 1970), but the last seven."""
         made = words.copy()
         for reach in (1, 2, 4):  # 2, 4, then 8 words
             times = np.uint32(pow(int(_STEP), reach, 2**32))

@@ -62,7 +62,7 @@ class NearDuplicates(Strict):
     """Train rows that resemble one another: the Jaccard index of their pairs of neighbouring words."""
 
     similarity: Annotated[float, Field(ge=0.4, le=1.0)] | None
-    """From which two rows count as near duplicates, and a train row near a held-out one as a leak; null: not looked for."""
+    """From which two train rows count as near duplicates, and a train and a held-out row as a leak; null: neither."""
     policy: Literal["report", "remove"]
 
 

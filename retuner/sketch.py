@@ -24,7 +24,10 @@ _ASCII_WORDS = bytes(
     ord(chr(byte).lower()) if chr(byte).isalnum() or byte == ord("_") else ord(" ") for byte in range(128)
 ) + bytes(128)
 # Scripts without spaces between words: each character counts as a word.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Japanese, Chinese
+)
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _NOTHING = np.uint32(0xFFFFFFFF)
 
@@ -94,7 +97,7 @@ def resemblances(words: Any, counts: Any, left: Any, right: Any) -> Any:
     """The Jaccard index of each pair of rows; `left` and `right` number rows of `words`, fewer than 2^20 of them."""
     pairs, sizes = pair_hashes(words, counts)
     rows = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)
-    # 44 bits of the hash, so that one sort orders rows and, in them, pairs: a text's repeated pairs then stand together.
+    # 44 bits of the hash, so that one sort orders rows and, in them, pairs: repeated pairs then stand together.
     cut = (rows << np.uint64(44)) | (pairs >> np.uint64(20))
     cut.sort()
     cut = cut[np.concatenate([[True], cut[1:] != cut[:-1]])] if len(cut) else cut
