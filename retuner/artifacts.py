@@ -51,7 +51,8 @@ class SplitsFacts(Facts):
 class ChatsFacts(Facts):
     """`template`: train.arrow and held_out.arrow (Arrow streams of id and group: string, input_ids and labels:
     list<int32>, label -100 where there is no loss), prompts.jsonl (a held-out prompt a line: `{"group",
-    "prompt_ids", "messages", "references"}`, in group-hash order); aside/sample.html, aside/lengths.png."""
+    "prompt_ids", "messages", "references"}`, in group-hash order); aside/report.html, and aside/tokens.json
+    as `retuner.data_report.TokenReport`."""
 
     train_rows: int
     held_out_rows: int
@@ -108,6 +109,8 @@ class Decision(Facts):
     passed: bool
     confidence: float
     verdicts: tuple[GateVerdict, ...]
+    notes: tuple[str, ...] = ()
+    """What makes the comparison less than fair, such as production having seen held-out rows."""
 
 
 class VersionFacts(Facts):

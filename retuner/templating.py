@@ -11,11 +11,13 @@ from typing import Any
 
 from retuner.artifacts import Base, ChatsFacts, Splits
 from retuner.base import load_tokenizer
+from retuner.coloured import ShownRow
+from retuner.data_page import data_page
+from retuner.describe import Lengths
 from retuner.errors import Refused
 from retuner.observe import Observer
 from retuner.params import TemplateParams
 from retuner.rendering import IGNORE, Renderer, Row
-from retuner.sample_page import ShownRow, draw_lengths, sample_page
 
 BATCH_ROWS = 1000
 CHECKED_ROWS = 64
@@ -63,10 +65,11 @@ def template(out: Path, splits: Splits, base: Base, params: TemplateParams, obse
     for line in told:
         observer.say(f"template: {line}")
     (out / "aside").mkdir()
-    page = sample_page([*train.shown, *held_out.shown], renderer.tokenizer, told)
-    (out / "aside" / "sample.html").write_text(page, encoding="utf-8")
-    lengths = {"train": train.lengths, "held out": held_out.lengths}
-    draw_lengths(out / "aside" / "lengths.png", lengths, params.max_tokens)
+    report = json.loads((splits.path / "aside" / "report.json").read_bytes())
+    tokens = {"max_tokens": params.max_tokens, "train": train.spelled(), "held_out": held_out.spelled()}
+    page = data_page(report, tokens, [*train.shown, *held_out.shown], renderer.tokenizer)
+    (out / "aside" / "report.html").write_text(page, encoding="utf-8")
+    (out / "aside" / "tokens.json").write_text(json.dumps(tokens), encoding="utf-8")
     return facts
 
 
@@ -111,6 +114,22 @@ class Side:
             if len(self.shown) < SHOWN_ROWS[self.name] and len(self.lengths) > len(self.shown) * every:
                 self.shown.append(ShownRow(self.name, chat["id"], fitting.input_ids, fitting.labels))
         return used
+
+    def spelled(self) -> dict[str, Any]:
+        """As `retuner.data_report.SideTokens`."""
+        lengths = Lengths()
+        for tokens in self.lengths:
+            lengths.add(tokens)
+        return {
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "supervised": self.supervised,
+            "longest": self.longest,
+            "cut": self.cut,
+            "stripped": self.stripped,
+            "left_out": self.left_out,
+            "histogram": list(lengths.ranges()),
+        }
 
     def _fit(self, row: Row) -> Row | None:
         if len(row.input_ids) <= self.params.max_tokens:

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from retuner.artifacts import Base, Splits, SplitsFacts
 from retuner.base import fetch_base, load_tokenizer
+from retuner.data_report import TokenReport
 from retuner.errors import Refused
 from retuner.observe import Silent
 from retuner.params import TemplateParams, TinyBase
@@ -351,6 +351,8 @@ def splits_of(folder: Path, train, held_out) -> Splits:
             for number, (group, messages) in enumerate(side)
         )
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    (folder / "aside").mkdir()
+    (folder / "aside" / "report.json").write_text("{}")
     groups = [len({group for group, _ in side}) for side in (train, held_out)]
     facts = SplitsFacts(
         formats={}, rows_read=len(train) + len(held_out), rejected={}, redacted={}, duplicates={}, leaks={}, removed={},
@@ -513,17 +515,19 @@ def test_all_but_aside_is_the_same_bytes_again(tmp_path, tiny):
     assert runs[0].keys() == {"train.arrow", "held_out.arrow", "prompts.jsonl"}
 
 
-def test_the_sample_page_stands_alone_and_shows_what_is_learnt(tmp_path, tiny):
+def test_the_page_of_the_data_shows_what_is_learnt(tmp_path, tiny):
     evil = "<script>alert(1)</script><|end|>é🙂"
-    out, _, _ = run_stage(tmp_path, tiny, [("g", asked(evil, "red"))], [("i", asked("Size?", "big"))], 128)
-    html = (out / "aside" / "sample.html").read_text(encoding="utf-8")
+    out, facts, _ = run_stage(
+        tmp_path, tiny, [("g", asked(evil, "red"))], [("i", asked("Size?", "big"))], 128
+    )
     page = Page()
-    page.feed(html)
-    assert not page.tags & {"script", "img", "link", "iframe"}
-    assert not re.search(r"https?:|url\(", html)
+    page.feed((out / "aside" / "report.html").read_text(encoding="utf-8"))
+    assert "script" not in page.tags
     assert evil in page.text
     assert page.learnt == ["re", "d", "<|end|>", "b", "i", "g", "<|end|>"]
-    assert (out / "aside" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    tokens = TokenReport.model_validate_json((out / "aside" / "tokens.json").read_bytes())
+    assert (tokens.train.tokens, tokens.train.supervised) == (facts.train_tokens, facts.supervised_tokens)
+    assert sum(rows for _, _, rows in tokens.train.histogram) == 1
 
 
 class Page(HTMLParser):
