@@ -1,6 +1,7 @@
 """What is done about leaks and near duplicates, kind by kind, and what the report says of them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,14 @@ class Separation:
 
 
 def separate(
-    rows: Ordered, folder: Path, train: Path, params: PrepareParams, against: tuple[str, ...]
+    rows: Ordered, folder: Path, params: PrepareParams, sides: Sequence[tuple[str, Path]]
 ) -> Separation:
-    """`train` is train.jsonl as it was written; `against` names the sides above 0.
+    """`sides` are the names and the files of train, held-out and the held-out sets of earlier versions.
 
     Errors: Refused when there are leaks of a kind that params refuse.
     """
     made = Separation(np.zeros(len(rows), bool))
-    shown = _Shown(rows, train, against)
+    shown = _Shown(rows, sides)
     for kind, field_ in (("exact", "talk"), ("same_prompt", "prompt")):
         _deal_with(made, kind, same(rows, field_, ~made.removed), params, shown)
     similarity = params.near_duplicates.similarity
@@ -71,17 +72,16 @@ class _Shown:
     """Rows as people see them."""
 
     rows: Ordered
-    train: Path
-    against: tuple[str, ...]
+    sides: Sequence[tuple[str, Path]]
 
     def id(self, row: int) -> str:
         high, low = self.rows.head(row)["id"].tolist()
         return f"{high:016x}{low:016x}"
 
     def start(self, row: int) -> str:
-        """How what the user says in a train row begins."""
+        """How what the user says in a row begins."""
         head = self.rows.head(row)
-        with self.train.open("rb") as file:
+        with self.sides[self.rows.sides[row]][1].open("rb") as file:
             file.seek(int(head["place"]))
             turns = json.loads(file.read(int(head["line"])))["messages"]
         said = next(turn["content"] for turn in turns if turn["role"] == "user")
@@ -92,7 +92,8 @@ class _Shown:
             "train": self.id(train),
             "held_out": self.id(held_out),
             "start": self.start(train),
-            "against": self.against[int(self.rows.sides[held_out]) - 1],
+            "held_out_start": self.start(held_out),
+            "against": self.sides[self.rows.sides[held_out]][0],
         }
 
 

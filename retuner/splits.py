@@ -6,7 +6,7 @@ order can move it: the held-out side stays held out as data grows. What is remov
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,9 +73,8 @@ def prepare(
         train, held = rows.sides == 0, rows.sides == 1
         if not train.any() or not held.any():
             raise _empty_side(int((train | held).sum()), groups(rows, train), groups(rows, held), params)
-        apart = separate(
-            rows, work, out / "train.jsonl", params, ("held-out", *(each.name for each in earlier))
-        )
+        sides = [("train", out / "train.jsonl"), ("held-out", out / "held_out.jsonl")]
+        apart = separate(rows, work, params, [*sides, *((each.name, each.path) for each in earlier)])
         if apart.removed.any():
             drop(out / "train.jsonl", rows, apart.removed)
         kept = train & ~apart.removed
@@ -200,9 +199,12 @@ def _add_earlier(rows: "Ordered", earlier: Sequence["EarlierSet"], memo: "Memo |
     from retuner.intake import Reading
 
     for side, held_out in enumerate(earlier, 2):
-        file = DataFile(f"{held_out.name}.jsonl", held_out.path, held_out.path.stat().st_size, "")
+        file, read = DataFile(f"{held_out.name}.jsonl", held_out.path, held_out.path.stat().st_size, ""), 0
         for _, segment in Reading("messages", memo=memo).segments(file):
-            rows.add(segment.batch, np.full(len(segment.batch.heads), side))
+            heads = segment.batch.heads.copy()
+            heads["place"] = read + np.cumsum(heads["line"], dtype=np.int64) - heads["line"]
+            read += int(heads["line"].sum(dtype=np.int64))
+            rows.add(replace(segment.batch, heads=heads), np.full(len(heads), side))
 
 
 def _too_many_bad_rows(counts: "Counts", max_bad_rows: int) -> Refused:

@@ -72,6 +72,7 @@ def test_every_planted_exact_and_same_prompt_leak_in_real_data_is_found_and_remo
     for example in told["examples"]:
         assert example["train"] in ids["train"] and example["held_out"] in ids["held_out"]
         assert example["against"] == "held-out" and example["start"].isupper()
+        assert example["held_out_start"].casefold() == example["start"].casefold()
     facts = stage({"x.jsonl": rows + exact + prompts}, leaks=REPORT | {"exact": "remove"}, frozen=held)
     assert facts.train_rows == 2000 and facts.removed["exact"] == 150 and facts.leaks["same_prompt"] == 150
     facts = stage({"x.jsonl": rows + exact + prompts}, leaks=REMOVE | {"ngram_8": "report"}, frozen=held)
@@ -151,6 +152,7 @@ def test_train_is_kept_apart_from_what_earlier_versions_held_out(stage, tmp_path
     assert not train & old and facts.removed["exact"] == len(old - held_out) > 20
     examples = stage.report["leaks"]["exact"]["examples"]
     assert {example["against"] for example in examples} == {"support version 3"}
+    assert all(example["held_out_start"] == example["start"] for example in examples)
     expected = stage.bytes()
     stage({"x.jsonl": rows}, split_salt="new")
     assert stage.bytes()[1] == expected[1] and stage.bytes()[0] != expected[0]
