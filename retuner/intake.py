@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from retuner.blocks import Block, blocks, read_block
-from retuner.chats import BadRow, Chat
+from retuner.chats import BadRow, Block, Chat, blocks, format_of_file, read_block
 from retuner.dataset import DataFile
 from retuner.describe import Description
 from retuner.fingerprint import fingerprint
@@ -99,11 +98,10 @@ class Reading:
 
         Errors: Refused for a file of another kind, Unavailable for one that cannot be read.
         """
-        found = None if self.format == "auto" else self.format
+        found = format_of_file(file, self.format, self.columns)
         for block in blocks(file):
             for segment in self._of_block(block, found):
-                found = found or segment.notes.format
-                yield block.line, segment
+                yield block.first_line, segment
 
     def _of_block(self, block: Block, found: str | None) -> Iterator[Segment]:
         if self.memo is None:
@@ -169,7 +167,7 @@ class _Making:
         self.bytes += len(line)
 
     def made(self) -> Segment:
-        heads = np.zeros(len(self.lines), HEAD)
+        heads: Any = np.zeros(len(self.lines), HEAD)
         counts = np.array(self.counts, np.int64)
         words = word_hashes(self.words)
         names = np.frombuffer(b"".join(self.names), ">u8").reshape(len(heads), 8)

@@ -71,7 +71,7 @@ class Runs:
         words = int(rows.word_counts(np.flatnonzero(rows.sides > 0)).sum())
         bits = min(MOST_FILTER_BITS, 1 << max(16, (words * FILTER_BITS).bit_length()))
         self.shift = np.uint32(32 - bits.bit_length() + 1)
-        self.filter = np.zeros(bits // 8, np.uint8)
+        self.filter: Any = np.zeros(bits // 8, np.uint8)
         for is_train, side in ((False, self.held_out), (True, self.train)):
             for first, words_, counts in rows.all_words():
                 self._add(side, is_train, first, words_, counts)
@@ -123,7 +123,7 @@ class Runs:
         self._write(side[LONG], hashes, at, first, ends)
 
     def _write(self, records: Records, hashes: Any, at: Any, first: int, ends: Any) -> None:
-        runs = np.empty(len(at), GRAM)
+        runs: Any = np.empty(len(at), GRAM)
         runs["hash"] = hashes
         runs["row"] = first + np.searchsorted(ends, at, "right")
         records.add(runs, (hashes >> np.uint64(56)).astype(np.uint8))

@@ -88,7 +88,15 @@ class PrepareParams(Strict):
 
     files: str
     """Glob inside the data folder, e.g. `*.jsonl`."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer"]
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "instruction_response",
+        "prompt_completion",
+        "question_answer",
+    ]
     columns: dict[str, str] | None
     """Your own names for a format's keys."""
     max_bad_rows: Annotated[int, Field(ge=0)]

@@ -118,7 +118,7 @@ def _deal_with_clusters(
     order = np.lexsort((ids[:, 1], ids[:, 0], roots))
     members, roots = members[order], roots[order]
     begins = np.flatnonzero(np.concatenate([[True], roots[1:] != roots[:-1]])) if len(roots) else order
-    extra = np.ones(len(members), bool)
+    extra: Any = np.ones(len(members), bool)
     extra[begins] = False
     if params.near_duplicates.policy == "remove":
         made.removed[members[extra]] = True
@@ -142,13 +142,13 @@ def _deal_with_clusters(
 
 def _members(made: Separation, rows: Ordered, clusters: Any) -> tuple[Any, Any]:
     """The rows of clusters of two and more, and which cluster each is of."""
-    nobody = np.zeros(0, np.int64)
+    nobody: Any = np.zeros(0, np.int64)
     if clusters is None:
         return nobody, nobody
     members = np.flatnonzero(~made.removed & (rows.sides == 0))
     roots = clusters[members]
     # Most rows are alone: look closer only at those whose root has company.
-    company = np.zeros(len(rows), bool)
+    company: Any = np.zeros(len(rows), bool)
     company[roots[roots != members]] = True
     members, roots = members[company[roots]], roots[company[roots]]
     known, counts = np.unique(roots, return_counts=True)
@@ -157,8 +157,8 @@ def _members(made: Separation, rows: Ordered, clusters: Any) -> tuple[Any, Any]:
 
 
 def _ids(rows: Ordered, members: Any) -> Any:
-    made = np.zeros((len(members), 2), np.uint64)
+    made: Any = np.zeros((len(members), 2), np.uint64)
     for first, heads in rows.heads():
-        low, high = np.searchsorted(members, [first, first + len(heads)])
-        made[low:high] = heads["id"][members[low:high] - first]
+        mine = (members >= first) & (members < first + len(heads))
+        made[mine] = heads["id"][members[mine] - first]
     return made

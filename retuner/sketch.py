@@ -68,7 +68,7 @@ def pair_hashes(words: Any, counts: Any) -> tuple[Any, Any]:
     ends = np.cumsum(counts)
     pairs = words.astype(np.uint64)
     pairs[:-1] |= pairs[1:] << np.uint64(32)
-    kept = np.ones(len(words), bool)
+    kept: Any = np.ones(len(words), bool)
     kept[ends[counts > 1] - 1] = False
     lone = ends[counts == 1] - 1
     pairs[lone] = words[lone]
@@ -78,7 +78,7 @@ def pair_hashes(words: Any, counts: Any) -> tuple[Any, Any]:
 def sketches(words: Any, counts: Any) -> Any:
     """(rows, BANDS) uint32. Rows without words get a sketch too, which means nothing."""
     pairs, sizes = pair_hashes(words, counts)
-    least = np.full((PERMUTATIONS, len(sizes)), _NOTHING, np.uint32)
+    least: Any = np.full((PERMUTATIONS, len(sizes)), _NOTHING, np.uint32)
     filled = sizes > 0
     if len(pairs):
         hashes = (pairs >> np.uint64(32)).astype(np.uint32)
@@ -96,7 +96,7 @@ def sketches(words: Any, counts: Any) -> Any:
 def resemblances(words: Any, counts: Any, left: Any, right: Any) -> Any:
     """The Jaccard index of each pair of rows; `left` and `right` number rows of `words`, fewer than 2^20 of them."""
     pairs, sizes = pair_hashes(words, counts)
-    rows = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)
+    rows: Any = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)
     # 44 bits of the hash, so that one sort orders rows and, in them, pairs: repeated pairs then stand together.
     cut = (rows << np.uint64(44)) | (pairs >> np.uint64(20))
     cut.sort()
@@ -104,7 +104,7 @@ def resemblances(words: Any, counts: Any, left: Any, right: Any) -> Any:
     sizes = np.bincount((cut >> np.uint64(44)).astype(np.int64), minlength=len(sizes))
     begins = np.cumsum(sizes) - sizes
     cut &= np.uint64(2**44 - 1)
-    found = np.zeros(len(left), np.int64)
+    found: Any = np.zeros(len(left), np.int64)
     step = 2**14
     for first in range(0, len(left), step):
         some = slice(first, first + step)
