@@ -34,7 +34,7 @@ schedule: $(ready)
 	$(bin)/retuner schedule $(PARAMS) --cron "$(CRON)"
 
 test: $(ready)
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(ready)
 	$(bin)/python -m pytest -m slow

@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from flows.summary import next_commands, outcome
 from retuner.artifacts import GateVerdict
@@ -107,8 +108,10 @@ def show_summary(summary: dict[str, Any], params: str) -> None:
         console.print(f"beware: {warning}", markup=False, soft_wrap=True)
     console.print(outcome(summary), soft_wrap=True)
     console.print("next:")
-    for command in next_commands(summary, params):
-        console.print(f"  {command}", style="bold", soft_wrap=True)
+    commands = next_commands(summary, params)
+    width = max(len(command) for command, _ in commands)
+    for command, does in commands:
+        console.print(Text.assemble("  ", (command.ljust(width), "bold"), f"  # {does}"), soft_wrap=True)
 
 
 def _number(value: float | None) -> str:

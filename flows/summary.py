@@ -1,5 +1,8 @@
 """What a finished run says of itself, read from the sealed results alone."""
 
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,13 +52,22 @@ def mlflow_page(summary: dict[str, Any], runtime: Runtime) -> str:
     return f"{server}/#/experiments/{summary['experiment_id']}/runs/{summary['run_id']}"
 
 
-def next_commands(summary: dict[str, Any], params: str) -> list[str]:
+def next_commands(summary: dict[str, Any], params: str) -> list[tuple[str, str]]:
+    """What a person may want to type now, and what it does."""
     name, number, production = (summary[k] for k in ("model_name", "model_version", "production_version"))
-    commands = [f"retuner run {params}                      # again: every stage cached"]
+    retuner = _program()
+    commands = [(f"{retuner} run {params}", "again: every stage cached")]
     if production == number:
-        commands.append("retuner serve                               # chat with it on loopback")
+        commands.append((f"{retuner} serve --model {name}", "chat with it on loopback"))
     elif summary["gate"]["passed"]:
-        commands.append(f"retuner promote {number} --model {name}")
+        commands.append((f"{retuner} promote {number} --model {name}", "put it into production"))
     if production and production != number:
-        commands.append(f"retuner compare {production} {number} --model {name}")
-    return [*commands, "make ui                                     # MLflow and Prefect in the browser"]
+        commands.append((f"{retuner} compare {production} {number} --model {name}", "side by side"))
+    return [*commands, (f"{retuner} ui", "MLflow and Prefect in the browser")]
+
+
+def _program() -> str:
+    """How to call the command line from here: by its name where the shell finds it, else by its path."""
+    if shutil.which("retuner"):
+        return "retuner"
+    return os.path.relpath(sys.argv[0])

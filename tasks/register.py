@@ -51,7 +51,10 @@ def register(
                 "trainable_parameters": float(adapter.facts.trainable_parameters),
                 "supervised_tokens": float(chats.facts.supervised_tokens),
             },
-            tags={"retuner.gate": "passed" if decision.passed else "said no"},
+            tags={
+                "retuner.gate": "passed" if decision.passed else "said no",
+                "mlflow.source.git.commit": lineage["git_commit"],
+            },
             note=run_page.note(report.facts, decision, _note_lines(run, base, adapter)),
         )
         version = registry.register_version(

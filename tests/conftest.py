@@ -23,9 +23,10 @@ def _own_home(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def prefect_api(tmp_path_factory):
-    """A real Prefect server for the whole session."""
+    """A real Prefect server for the whole session; ports apart where several sessions test side by side."""
     from flows.servers import prefect_server
     from retuner.runtime import Runtime
 
-    with prefect_server(Runtime(home=tmp_path_factory.mktemp("prefect-server")), port=4300) as server:
+    port = 4300 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    with prefect_server(Runtime(home=tmp_path_factory.mktemp("prefect-server")), port=port) as server:
         yield f"{server.url}/api"
