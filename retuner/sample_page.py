@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from retuner.rendering import IGNORE
+from retuner.token_rows import IGNORE
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from retuner.base import load_tokenizer
 from retuner.errors import Refused
 from retuner.observe import Observer
 from retuner.params import TemplateParams
-from retuner.rendering import IGNORE, Renderer, Row
+from retuner.rendering import Renderer
+from retuner.token_rows import IGNORE, Row
 from retuner.sample_page import ShownRow, draw_lengths, sample_page
 
 BATCH_ROWS = 1000

@@ -16,8 +16,10 @@ from retuner.base import fetch_base, load_tokenizer
 from retuner.errors import Refused
 from retuner.observe import Silent
 from retuner.params import TemplateParams, TinyBase
-from retuner.rendering import IGNORE, WHITE_SPACE, Renderer, Row
+from retuner.rendering import Renderer
 from retuner.templating import cut, template
+from retuner.token_rows import IGNORE, Row
+from retuner.words import WHITE_SPACE
 
 SHARED = Path(__file__).parents[2] / "shared"
 PHI3 = SHARED / "phi3-tokenizer"
