@@ -26,7 +26,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 from retuner.errors import Refused
@@ -168,19 +168,21 @@ class Words:
         import pyarrow as pa
 
         lead = self.rule.lead
-        array = pa.array([lead + text if text else text for text in texts] if lead else texts, pa.large_string())
-        _, offsets_buffer, data_buffer = array.buffers()
-        offsets = np.frombuffer(offsets_buffer, np.int64)[: len(texts) + 1]
-        if not len(texts) or not offsets[-1]:
+        # Not pa.array, to_pylist and to_numpy: they import pandas.
+        spelled = [(lead + text).encode() if text else b"" for text in texts]
+        offsets = np.cumsum([0, *map(len, spelled)])
+        data = np.frombuffer(b"".join(spelled), np.uint8)
+        if not len(data):
             return np.zeros(0, np.int64), np.zeros(len(texts), np.int64)
-        data = np.frombuffer(data_buffer, np.uint8)[: offsets[-1]]
         starts = self._unit_starts(data, offsets)
-        bounds = pa.py_buffer(np.append(starts, len(data)))
-        units = pa.Array.from_buffers(pa.large_binary(), len(starts), [None, bounds, data_buffer])
-        distinct = units.dictionary_encode()
-        codes = self._codes_of(distinct.dictionary.to_pylist())
-        counts = np.diff(np.searchsorted(starts, offsets))
-        return codes[distinct.indices.to_numpy()], counts
+        bounds = np.append(starts, len(data))
+        buffers = [None, pa.py_buffer(bounds), pa.py_buffer(data)]
+        distinct = pa.Array.from_buffers(pa.large_binary(), len(starts), buffers).dictionary_encode()
+        _, bounds, letters = distinct.dictionary.buffers()
+        ends, letters = np.frombuffer(bounds, np.int64).tolist(), letters.to_pybytes()
+        units = [letters[start:end] for start, end in pairwise(ends[: len(distinct.dictionary) + 1])]
+        indices = np.frombuffer(distinct.indices.buffers()[1], np.int32)[: len(starts)]
+        return self._codes_of(units)[indices], np.diff(np.searchsorted(starts, offsets))
 
     def _unit_starts(self, data: "NDArray[Any]", offsets: "NDArray[Any]") -> "NDArray[Any]":
         import numpy as np
