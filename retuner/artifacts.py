@@ -35,7 +35,13 @@ class SplitsFacts(Facts):
     formats: dict[str, str]
     rows_read: int
     rejected: dict[str, int]
-    duplicates: int
+    redacted: dict[str, int]
+    duplicates: dict[str, int]
+    """`exact` and `folded` (but for case and white space), which are dropped, and `near` within train."""
+    leaks: dict[str, int]
+    """Train rows that share something with held-out ones, by kind, those that were removed included."""
+    removed: dict[str, int]
+    """From train, by the kind of leak, or `near_duplicate`."""
     train_rows: int
     held_out_rows: int
     train_groups: int

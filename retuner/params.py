@@ -58,18 +58,51 @@ class LocalBase(Strict):
 BaseParams = Annotated[SmolLM2Base | TinyBase | HubBase | LocalBase, Field(discriminator="source")]
 
 
+class NearDuplicates(Strict):
+    """Train rows that resemble one another: the Jaccard index of their pairs of neighbouring words."""
+
+    similarity: Annotated[float, Field(ge=0.4, le=1.0)] | None
+    """From which two rows count as near duplicates, and a train row near a held-out one as a leak; null: not looked for."""
+    policy: Literal["report", "remove"]
+
+
+LeakPolicy = Literal["report", "remove", "refuse"]
+
+
+class LeakParams(Strict):
+    """What becomes of train rows that share something with held-out rows, here or in earlier versions."""
+
+    exact: LeakPolicy
+    """The same conversation but for case, white space and the system prompt."""
+    same_prompt: LeakPolicy
+    """The same before the first answer, but for case, white space and the system prompt."""
+    near: LeakPolicy
+    """At least near_duplicates.similarity."""
+    ngram_13: LeakPolicy
+    """A run of 13 words."""
+    ngram_8: LeakPolicy
+
+
 class PrepareParams(Strict):
     """Reading, validating, de-duplicating and splitting the chats."""
 
     files: str
     """Glob inside the data folder, e.g. `*.jsonl`."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer"]
+    columns: dict[str, str] | None
+    """Your own names for a format's keys."""
     max_bad_rows: Annotated[int, Field(ge=0)]
     """Rows that may be quarantined before the run is refused."""
+    redact: tuple[Literal["email", "phone", "card", "secret"], ...]
+    """What is replaced by a mark such as [EMAIL] before anything else is done with a text."""
+    near_duplicates: NearDuplicates
+    leaks: LeakParams
     held_out_fraction: Annotated[float, Field(gt=0.0, le=0.5)]
     """Share of prompts (not rows) that is never trained on."""
     split_salt: str
     """Mixed into the split hash; another salt is another split."""
+    held_out_set: Name | None
+    """A frozen set that decides instead of fraction and salt."""
 
 
 class TemplateParams(Strict):
