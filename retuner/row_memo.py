@@ -11,7 +11,7 @@ import mmap
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,15 @@ class Places:
 
     file: "NDArray[Any]"
     row: "NDArray[Any]"
+
+    def __getitem__(self, rows: Any) -> "Places":
+        return Places(self.file[rows], self.row[rows])
+
+    @staticmethod
+    def joined(parts: "Sequence[Places]") -> "Places":
+        import numpy as np
+
+        return Places(np.concatenate([part.file for part in parts]), np.concatenate([part.row for part in parts]))
 
 
 class RowMemo:
@@ -99,8 +108,7 @@ class RowMemo:
         import numpy as np
 
         values = np.zeros(len(places.file), np.int64)
-        for number, file in enumerate(self.files):
-            here = places.file == number
+        for file, here in self._parts(places):
             values[here] = getattr(file, name)[places.row[here]]
         return values
 
@@ -109,8 +117,7 @@ class RowMemo:
         import numpy as np
 
         values = np.zeros(len(places.file), np.int64)
-        for number, file in enumerate(self.files):
-            here = places.file == number
+        for file, here in self._parts(places):
             lengths = np.where(file.spans[:, 1] <= at_most, file.spans[:, 1] - file.spans[:, 0], 0)
             sums = np.concatenate([[0], np.cumsum(lengths)])[file.span_offsets]
             values[here] = np.diff(sums)[places.row[here]]
@@ -121,17 +128,24 @@ class RowMemo:
         import numpy as np
 
         values, names = np.zeros(len(places.file), np.int64), dict[str, int]()
-        for number, file in enumerate(self.files):
-            here = places.file == number
+        for file, here in self._parts(places):
             meant = np.array([names.setdefault(name, len(names)) for name in file.role_names], np.int64)
             values[here] = meant[file.roles[places.row[here]]]
         return values, list(names)
 
-    def rows(self, places: Places, at_most: int) -> TokenRows:
-        """Some rows, each cut to `at_most` tokens; of a cut row the spans that are whole."""
+    def _parts(self, places: Places) -> "Iterator[tuple[RowFile, NDArray[Any]]]":
+        """Each file that has some of the rows, and which."""
+        import numpy as np
+
+        for number in np.unique(places.file).tolist():
+            yield self.files[number], places.file == number
+
+    def rows(self, places: Places, at_most: int | None) -> TokenRows:
+        """Some rows, at least one, each cut to `at_most` tokens; of a cut row the spans that are whole."""
         import numpy as np
 
         full = self.column("tokens", places)
+        at_most = at_most or int(full.max())
         lengths = np.minimum(full, at_most)
         # Rows that follow one another in a file are copied at one go.
         follows = (np.diff(places.file) == 0) & (np.diff(places.row) == 1) & (full == lengths)[:-1]
@@ -174,12 +188,10 @@ class RowMemo:
         order = np.lexsort((used.row, used.file))
         before, kept = list(self.files), set[Path]()
         for part in np.array_split(order, needed_files):
-            places = Places(used.file[part], used.row[part])
+            places = used[part]
             roles, names = self.roles(places)
-            ids = np.concatenate(
-                [self.files[number].ids[places.row[places.file == number]] for number in np.unique(places.file)]
-            )
-            rows = self.rows(places, 1 << 62)
+            ids = np.concatenate([file.ids[places.row[here]] for file, here in self._parts(places)])
+            rows = self.rows(places, None)
             plain = self.column("plain", places)
             written = self._publish(_as_batch([(ids, rows, [names[role] for role in roles], plain)]))
             kept.add(written.path)

@@ -165,8 +165,7 @@ def _files(
 ) -> dict[str, Path]:
     """Artifact path in MLflow to file."""
     wanted = {
-        "data/sample.html": chats.path / "aside" / "sample.html",
-        "data/lengths.png": chats.path / "aside" / "lengths.png",
+        "data/report.html": chats.path / "aside" / "report.html",
         "data/report.json": splits.path / "aside" / "report.json",
         "data/quarantine.jsonl": splits.path / "aside" / "quarantine.jsonl",
         "train/effective.json": adapter.path / "aside" / "effective.json",
