@@ -27,7 +27,7 @@ Revision = Annotated[
 
 @data_app.command("check")
 def check(params: ParamsFile, set_: Overrides = [], as_json: AsJson = False, debug: Debug = False) -> None:
-    """Read, validate and split the data, without keeping anything."""
+    """Read, validate and split the data; the split itself is not kept."""
     from tempfile import TemporaryDirectory
 
     from tasks.prepare import prepare
@@ -109,7 +109,11 @@ def diff(
     loaded = load(params, tuple(set_)) if params else None
     dvc_file = data or Path(loaded.data if loaded else "data.dvc")
     prepare = loaded.prepare if loaded else None
-    read: Read = partial(read_chats, format=prepare.format if prepare else "auto")
+    read: Read = (
+        partial(read_chats, format=prepare.format, columns=prepare.columns)
+        if prepare
+        else partial(read_chats, format="auto")
+    )
     a, b = (_source(name, dvc_file, prepare) for name in (rev_a, rev_b))
     found = compare(a, b, read)
     if as_json:

@@ -48,10 +48,21 @@ class SplitsFacts(Facts):
     held_out_groups: int
 
 
+class PacksFacts(Facts):
+    """How rows share sequences of `template.pack_tokens` tokens."""
+
+    count: int
+    fill: float
+    """Of their tokens, how many are not padding."""
+    rows_too_long: int
+    """Train rows that were left out because no sequence, or no row, may be so long."""
+
+
 class ChatsFacts(Facts):
     """`template`: train.arrow and held_out.arrow (Arrow streams of id and group: string, input_ids and labels:
     list<int32>, label -100 where there is no loss), prompts.jsonl (a held-out prompt a line: `{"group",
-    "prompt_ids", "messages", "references"}`, in group-hash order); aside/report.html, and aside/tokens.json
+    "prompt_ids", "messages", "references"}`, in group-hash order), packs.arrow where rows are packed (see
+    `retuner.pack_plan`); aside/report.html, and aside/tokens.json
     as `retuner.data_report.TokenReport`."""
 
     train_rows: int
@@ -62,6 +73,7 @@ class ChatsFacts(Facts):
     longest_row_tokens: int
     left_out: dict[str, int]
     """Rows not used, by cause."""
+    packs: PacksFacts | None
 
 
 class AdapterFacts(Facts):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from retuner.rendering import IGNORE
+from retuner.token_rows import IGNORE
 
 KEY = """<p class="key"><span class="y">coloured text</span> is learnt, token by token;
 <span class="c y">this</span> is the token by which the model learns to stop.

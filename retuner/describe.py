@@ -43,9 +43,9 @@ class Lengths:
     """The least length of a bin to how many are in it."""
     longest: int = 0
 
-    def add(self, length: int) -> None:
+    def add(self, length: int, times: int = 1) -> None:
         shift = length.bit_length() - BIN_BITS
-        self.bins[length >> shift << shift if shift > 0 else length] += 1
+        self.bins[length >> shift << shift if shift > 0 else length] += times
         if length > self.longest:
             self.longest = length
 

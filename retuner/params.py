@@ -119,6 +119,17 @@ class TemplateParams(Strict):
     max_tokens: Annotated[int, Field(ge=8)]
     too_long: Literal["refuse", "leave_out", "truncate"]
     """What becomes of a row of more than `max_tokens` tokens."""
+    pack_tokens: Annotated[int, Field(ge=8)] | None
+    """Tokens of a sequence that rows share, none of which sees another; null: each row is a sequence."""
+
+    @model_validator(mode="after")
+    def _rows_fit(self):
+        if self.pack_tokens is not None and self.pack_tokens < self.max_tokens:
+            raise ValueError(
+                f"pack_tokens is {self.pack_tokens} but max_tokens is {self.max_tokens}: "
+                "rows are never split, so a pack must hold the longest row"
+            )
+        return self
 
 
 class LoraParams(Strict):
@@ -135,18 +146,15 @@ class LoraParams(Strict):
 
 
 class TrainParams(Strict):
-    """LoRA training with TRL's SFTTrainer over packed, pre-tokenised rows."""
+    """LoRA training with TRL's SFTTrainer over pre-tokenised rows, packed as the template stage planned."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     precision: Literal["float32", "bfloat16"]
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     max_steps: Positive | None
     epochs: Annotated[float, Field(gt=0)] | None
-    packing: bool
-    pack_tokens: Annotated[int, Field(ge=8)]
-    """Tokens of one packed sequence; rows are never split, so at least template.max_tokens."""
     batch_size: Positive
-    """Sequences (packed where `packing`) a step and device."""
+    """Sequences (packed where `template.pack_tokens` is a number) a step and device."""
     gradient_accumulation: Positive
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"]
@@ -232,11 +240,6 @@ class Params(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        if self.train.packing and self.train.pack_tokens < self.template.max_tokens:
-            raise ValueError(
-                f"train.pack_tokens is {self.train.pack_tokens} but template.max_tokens is "
-                f"{self.template.max_tokens}: rows are never split, so a pack must hold the longest row"
-            )
         unknown = {r.metric for r in self.register_.gate.rules} - {"loss", *self.evaluate.metrics}
         if unknown:
             raise ValueError(

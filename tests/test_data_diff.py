@@ -304,12 +304,12 @@ def test_outside_a_git_repository_only_the_workspace_has_a_name(tmp_path, monkey
 # --- the other verbs
 
 
-def test_check_reads_and_splits_and_keeps_nothing(project, capsys, monkeypatch):
+def test_check_reads_and_splits_and_keeps_no_result(project, capsys, monkeypatch):
     code, out, err = cli(capsys, monkeypatch, "data", "check", "params.yaml", "--json")
     assert code == 0, err
     told = json.loads(out)
     assert told["md5"] in Path("data.dvc").read_text() and told["rows_read"] == 50
-    assert not (Path(os.environ["RETUNER_HOME"]) / "store").exists()
+    assert not (Path(os.environ["RETUNER_HOME"]) / "store" / "objects").exists()
     with Path("data/chats.jsonl").open("a") as file:
         file.write("{}\n")
     code, out, _ = cli(capsys, monkeypatch, "data", "check", "params.yaml", "--json")
