@@ -205,7 +205,8 @@ def _source(name: str, dvc_file: Path, prepare: "PrepareParams | None") -> "Sour
     from retuner import held_out
     from retuner.data_diff import Source
     from retuner.dvc_revision import open_revision, text_at
-    from retuner.splits import is_held_out, matching
+    from retuner.naming import is_held_out
+    from retuner.splits import matching
 
     revision = open_revision(name, dvc_file, load_runtime().home / "seen-data.json")
     dataset = revision.dataset

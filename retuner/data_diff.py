@@ -15,7 +15,7 @@ from retuner.chats import BadRow, Chat
 from retuner.dataset import DataFile
 from retuner.describe import Description
 from retuner.errors import Refused
-from retuner.splits import chat_id, group_of
+from retuner.naming import names_of
 
 SHOWN = 5
 SHOWN_WORDS = 12
@@ -217,7 +217,8 @@ def _rows(name: str, files: Iterable[DataFile], read: Read) -> Iterator[Chat | B
 
 
 def _row(chat: Chat) -> Row:
-    return Row(bytes.fromhex(group_of(chat.messages)), bytes.fromhex(chat_id(chat.messages)))
+    names = names_of(chat.messages)
+    return Row(names.group, names.id)
 
 
 def _changed(went: Counter[Row], came: Counter[Row]) -> dict[bytes, int]:
