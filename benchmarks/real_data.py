@@ -20,14 +20,14 @@ SETTINGS = {
     "e2e": [
         "evaluate.metrics=[bleu, rouge_l]",
         "evaluate.max_new_tokens=64",
-        "train.pack_tokens=256",
+        "template.pack_tokens=256",
         "template.max_tokens=256",
     ],
     # Chains of thought; the answer is the number after ####.
     "gsm8k": [
         "evaluate.metrics=[final_number]",
         "evaluate.max_new_tokens=200",
-        "train.pack_tokens=512",
+        "template.pack_tokens=512",
         "template.max_tokens=512",
     ],
 }

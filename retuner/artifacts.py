@@ -35,17 +35,35 @@ class SplitsFacts(Facts):
     formats: dict[str, str]
     rows_read: int
     rejected: dict[str, int]
-    duplicates: int
+    redacted: dict[str, int]
+    duplicates: dict[str, int]
+    """`exact` and `folded` (but for case and white space), which are dropped, and `near` within train."""
+    leaks: dict[str, int]
+    """Train rows that share something with held-out ones, by kind, those that were removed included."""
+    removed: dict[str, int]
+    """From train, by the kind of leak, or `near_duplicate`."""
     train_rows: int
     held_out_rows: int
     train_groups: int
     held_out_groups: int
 
 
+class PacksFacts(Facts):
+    """How rows share sequences of `template.pack_tokens` tokens."""
+
+    count: int
+    fill: float
+    """Of their tokens, how many are not padding."""
+    rows_too_long: int
+    """Train rows that were left out because no sequence, or no row, may be so long."""
+
+
 class ChatsFacts(Facts):
     """`template`: train.arrow and held_out.arrow (Arrow streams of id and group: string, input_ids and labels:
     list<int32>, label -100 where there is no loss), prompts.jsonl (a held-out prompt a line: `{"group",
-    "prompt_ids", "messages", "references"}`, in group-hash order); aside/sample.html, aside/lengths.png."""
+    "prompt_ids", "messages", "references"}`, in group-hash order), packs.arrow where rows are packed (see
+    `retuner.pack_plan`); aside/report.html, and aside/tokens.json
+    as `retuner.data_report.TokenReport`."""
 
     train_rows: int
     held_out_rows: int
@@ -55,6 +73,7 @@ class ChatsFacts(Facts):
     longest_row_tokens: int
     left_out: dict[str, int]
     """Rows not used, by cause."""
+    packs: PacksFacts | None
 
 
 class AdapterFacts(Facts):
@@ -102,6 +121,8 @@ class Decision(Facts):
     passed: bool
     confidence: float
     verdicts: tuple[GateVerdict, ...]
+    notes: tuple[str, ...] = ()
+    """What makes the comparison less than fair, such as production having seen held-out rows."""
 
 
 class VersionFacts(Facts):

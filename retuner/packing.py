@@ -12,8 +12,7 @@ from typing import Any
 NO_LOSS = -100
 PAD_ID = 0
 """Fills sequences up. It is never attended to and carries no loss, so any id of the vocabulary will do."""
-ROWS_PACKED_AT_ONCE = 10_000
-"""Rows meet only rows of the same ten thousand in a sequence: memory stays bounded, and packing as tight."""
+PACKS_AT_ONCE = 500
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,59 @@ def count_rows(rows: Any) -> RowCounts:
     return RowCounts(len(rows), pc.sum(lengths).as_py(), supervised, pc.max(lengths).as_py())
 
 
-def pack(rows: Any, pack_tokens: int, cache: Path) -> Any:
-    """Whole rows, best fit decreasing, in sequences of at most `pack_tokens`; `seq_lengths` says where each
-    row ends. No row may be longer than that: it would be cut. Written to `cache` and mapped from there."""
-    from trl import pack_dataset
+def lay_out(rows: Any, packs: Path, cache: Path) -> tuple[Any, int]:
+    """The sequences that packs.arrow plans, and of how many tokens they may be; `seq_lengths` says where each row of one
+    ends. Written to `cache` and mapped from there."""
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset
 
-    settings = {
-        "batch_size": ROWS_PACKED_AT_ONCE,
-        "cache_file_name": str(cache),
-        "load_from_cache_file": False,
-    }
-    return pack_dataset(rows, pack_tokens, "bfd", settings)
+    columns = [[_flat(chunk) for chunk in rows.data.column(name).chunks] for name in ("input_ids", "labels")]
+    begins = np.cumsum([0, *(len(offsets) - 1 for offsets, _ in columns[0])])
+    tokens = pa.list_(pa.int32())
+    schema = pa.schema({"input_ids": tokens, "labels": tokens, "seq_lengths": tokens})
+    with (
+        pa.memory_map(str(packs)) as source,
+        pa.ipc.open_stream(source) as plan,
+        pa.OSFile(str(cache), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as stream,
+    ):
+        pack_tokens = int(plan.schema.metadata[b"pack_tokens"])
+        for batch in plan:
+            for first in range(0, batch.num_rows, PACKS_AT_ONCE):
+                ends, members = _flat(batch.column("rows").slice(first, PACKS_AT_ONCE))
+                members = members[ends[0] : ends[-1]]
+                chunks = np.searchsorted(begins, members, side="right") - 1
+                places = list(zip(chunks.tolist(), (members - begins[chunks]).tolist(), strict=True))
+                laid = []
+                for column in columns:
+                    parts = [column[chunk][1][slice(*column[chunk][0][row : row + 2])] for chunk, row in places]
+                    laid.append(np.concatenate(parts))
+                row_ends = np.cumsum([0, *map(len, parts)])
+                bounds = ends - ends[0]
+                arrays = [_listed(values, row_ends[bounds]) for values in laid]
+                arrays.append(_listed(np.diff(row_ends), bounds))
+                stream.write_batch(pa.record_batch(arrays, schema=schema))
+    return Dataset.from_file(str(cache)), pack_tokens
+
+
+def _flat(lists: Any) -> tuple[Any, Any]:
+    """Offsets and values of an Arrow array of lists of int32, as they lie there."""
+    import numpy as np
+
+    _, offsets, _, values = lists.buffers()
+    ends = np.frombuffer(offsets, np.int32)[lists.offset : lists.offset + len(lists) + 1]
+    return ends, np.frombuffer(values, np.int32) if values else np.zeros(0, np.int32)
+
+
+def _listed(values: Any, ends: Any) -> Any:
+    import numpy as np
+    import pyarrow as pa
+
+    flat = np.ascontiguousarray(values, np.int32)
+    items = pa.Array.from_buffers(pa.int32(), len(flat), [None, pa.py_buffer(flat)])
+    offsets = pa.py_buffer(np.ascontiguousarray(ends, np.int32))
+    return pa.Array.from_buffers(pa.list_(pa.int32()), len(ends) - 1, [None, offsets], children=[items])
 
 
 def collate_packed(sequences: list[dict[str, Any]]) -> dict[str, Any]:
@@ -80,13 +121,13 @@ def collate_packed(sequences: list[dict[str, Any]]) -> dict[str, Any]:
     return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "tokens": tokens}
 
 
-def collator(packing: bool, attention: str) -> Any:
+def collator(packed: bool, attention: str) -> Any:
     """What makes a batch of rows or packed sequences. Flash attention knows rows apart only end to end."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    if packing and attention != "flash_attention_2":
+    if packed and attention != "flash_attention_2":
         return collate_packed
-    return DataCollatorForLanguageModeling(pad_token_id=PAD_ID, padding_free=packing)
+    return DataCollatorForLanguageModeling(pad_token_id=PAD_ID, padding_free=packed)
 
 
 def take_token_count(batch: dict[str, Any]) -> int:

@@ -58,18 +58,59 @@ class LocalBase(Strict):
 BaseParams = Annotated[SmolLM2Base | TinyBase | HubBase | LocalBase, Field(discriminator="source")]
 
 
+class NearDuplicates(Strict):
+    """Train rows that resemble one another: the Jaccard index of their pairs of neighbouring words."""
+
+    similarity: Annotated[float, Field(ge=0.4, le=1.0)] | None
+    """From which two train rows count as near duplicates, and a train and a held-out row as a leak; null: neither."""
+    policy: Literal["report", "remove"]
+
+
+LeakPolicy = Literal["report", "remove", "refuse"]
+
+
+class LeakParams(Strict):
+    """What becomes of train rows that share something with held-out rows, here or in earlier versions."""
+
+    exact: LeakPolicy
+    """The same conversation but for case, white space and the system prompt."""
+    same_prompt: LeakPolicy
+    """The same before the first answer, but for case, white space and the system prompt."""
+    near: LeakPolicy
+    """At least near_duplicates.similarity."""
+    ngram_13: LeakPolicy
+    """A run of 13 words."""
+    ngram_8: LeakPolicy
+
+
 class PrepareParams(Strict):
     """Reading, validating, de-duplicating and splitting the chats."""
 
     files: str
     """Glob inside the data folder, e.g. `*.jsonl`."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer"]
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "instruction_response",
+        "prompt_completion",
+        "question_answer",
+    ]
+    columns: dict[str, str] | None
+    """Your own names for a format's keys."""
     max_bad_rows: Annotated[int, Field(ge=0)]
     """Rows that may be quarantined before the run is refused."""
+    redact: tuple[Literal["email", "phone", "card", "secret"], ...]
+    """What is replaced by a mark such as [EMAIL] before anything else is done with a text."""
+    near_duplicates: NearDuplicates
+    leaks: LeakParams
     held_out_fraction: Annotated[float, Field(gt=0.0, le=0.5)]
     """Share of prompts (not rows) that is never trained on."""
     split_salt: str
     """Mixed into the split hash; another salt is another split."""
+    held_out_set: Name | None
+    """A frozen set that decides instead of fraction and salt."""
 
 
 class TemplateParams(Strict):
@@ -78,6 +119,17 @@ class TemplateParams(Strict):
     max_tokens: Annotated[int, Field(ge=8)]
     too_long: Literal["refuse", "leave_out", "truncate"]
     """What becomes of a row of more than `max_tokens` tokens."""
+    pack_tokens: Annotated[int, Field(ge=8)] | None
+    """Tokens of a sequence that rows share, none of which sees another; null: each row is a sequence."""
+
+    @model_validator(mode="after")
+    def _rows_fit(self):
+        if self.pack_tokens is not None and self.pack_tokens < self.max_tokens:
+            raise ValueError(
+                f"pack_tokens is {self.pack_tokens} but max_tokens is {self.max_tokens}: "
+                "rows are never split, so a pack must hold the longest row"
+            )
+        return self
 
 
 class LoraParams(Strict):
@@ -94,18 +146,15 @@ class LoraParams(Strict):
 
 
 class TrainParams(Strict):
-    """LoRA training with TRL's SFTTrainer over packed, pre-tokenised rows."""
+    """LoRA training with TRL's SFTTrainer over pre-tokenised rows, packed as the template stage planned."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     precision: Literal["float32", "bfloat16"]
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     max_steps: Positive | None
     epochs: Annotated[float, Field(gt=0)] | None
-    packing: bool
-    pack_tokens: Annotated[int, Field(ge=8)]
-    """Tokens of one packed sequence; rows are never split, so at least template.max_tokens."""
     batch_size: Positive
-    """Sequences (packed where `packing`) a step and device."""
+    """Sequences (packed where `template.pack_tokens` is a number) a step and device."""
     gradient_accumulation: Positive
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"]
@@ -191,11 +240,6 @@ class Params(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        if self.train.packing and self.train.pack_tokens < self.template.max_tokens:
-            raise ValueError(
-                f"train.pack_tokens is {self.train.pack_tokens} but template.max_tokens is "
-                f"{self.template.max_tokens}: rows are never split, so a pack must hold the longest row"
-            )
         unknown = {r.metric for r in self.register_.gate.rules} - {"loss", *self.evaluate.metrics}
         if unknown:
             raise ValueError(

@@ -183,6 +183,13 @@ def tags_to_keep(runtime: Runtime, model_name: str, last: int) -> list[dict[str,
     return [dict(version.tags) for version in found if int(version.version) in {*newest, *aliased}]
 
 
+def all_tags(runtime: Runtime, model_name: str) -> dict[int, dict[str, str]]:
+    """The tags of every version, through mlflow."""
+    with mlflow_said(runtime):
+        found = mlflow_client(runtime).search_model_versions(f"name = '{model_name}'")
+    return {int(version.version): dict(version.tags) for version in found}
+
+
 def tags_of(runtime: Runtime, model_name: str, version: int) -> dict[str, str]:
     """The tags of a version that we registered. Errors: Unavailable; Refused when there is none."""
     tags = read_version(runtime, model_name, version)
@@ -221,15 +228,7 @@ def alias(runtime: Runtime, model_name: str, name: str) -> int | None:
 
 def version_tags(runtime: Runtime, model_name: str, version: int) -> dict[str, str] | None:
     """As `registry_reads.read_version`, through mlflow."""
-    from mlflow.exceptions import MlflowException
-
-    with mlflow_said(runtime):
-        try:
-            return dict(mlflow_client(runtime).get_model_version(model_name, str(version)).tags)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
+    return all_tags(runtime, model_name).get(version)
 
 
 def versions_of(runtime: Runtime, model_name: str, adapter_sha256: str) -> list[int]:

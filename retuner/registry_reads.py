@@ -4,6 +4,7 @@ MLflow's SQLite file is read as it is, an MLflow server through its REST API; ml
 other stores and for servers that want credentials we do not know of. A test pins the answers to mlflow's own.
 """
 
+import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,25 @@ PRODUCTION, PREVIOUS, CANDIDATE = "production", "previous", "candidate"
 DELETED = "Deleted_Internal"
 """The stage MLflow's SQL store gives a version when it is deleted; the row stays."""
 
+PAGE = 1000
+"""Versions that a server is asked for at once."""
+
 
 class Incumbent(NamedTuple):
     version: int
     adapter_sha256: str
+
+
+class HeldOut(NamedTuple):
+    """What a version was scored on, as its tags tell."""
+
+    version: int
+    digest: str
+    """sha256 of its held_out.jsonl."""
+    rule: str
+    """`retuner.held_out.split_rule` of its params."""
+    splits: str
+    """The fingerprint of its `prepare` result, empty when it is not told."""
 
 
 def read_alias(runtime: Runtime, model_name: str, alias: str) -> int | None:
@@ -97,6 +113,55 @@ def find_version(runtime: Runtime, model_name: str, adapter_sha256: str) -> int 
     from retuner import registry
 
     return min(registry.versions_of(runtime, model_name, adapter_sha256), default=None)
+
+
+def held_out_sets(runtime: Runtime, model_name: str) -> list[HeldOut]:
+    """Of every version whose tags tell its held-out set, oldest first. Errors: Unavailable."""
+    return [
+        HeldOut(version, tags["held_out_digest"], tags["split_rule"], splits_of(tags))
+        for version, tags in sorted(_all_tags(runtime, model_name).items())
+        if {"held_out_digest", "split_rule"} <= tags.keys()
+    ]
+
+
+def splits_of(tags: dict[str, str]) -> str:
+    """The fingerprint of the `prepare` result that a version was made from, empty when its tags do not tell."""
+    return json.loads(tags.get("stage_fingerprints", "{}")).get("prepare", "")
+
+
+def _all_tags(runtime: Runtime, model_name: str) -> dict[int, dict[str, str]]:
+    """Version to those of its tags that tell what it was scored on, or to all its tags."""
+    uri = runtime.mlflow_uri
+    if path := sqlite_path(uri):
+        rows = _query(
+            path,
+            "SELECT v.version, t.key, t.value FROM model_versions v JOIN model_version_tags t"
+            " ON t.name = v.name AND t.version = v.version WHERE v.name = ? AND v.current_stage != ?"
+            " AND t.key IN ('held_out_digest', 'split_rule', 'stage_fingerprints')",
+            (model_name, DELETED),
+        )
+        found: dict[int, dict[str, str]] = {}
+        for version, key, value in rows:
+            found.setdefault(int(version), {})[key] = value
+        return found
+    if is_server(uri):
+        try:
+            return _all_tags_of_server(uri, model_name)
+        except Denied:
+            pass
+    from retuner import registry
+
+    return registry.all_tags(runtime, model_name)
+
+
+def _all_tags_of_server(uri: str, model_name: str) -> dict[int, dict[str, str]]:
+    found, asked = {}, {"filter": f"name = '{model_name}'", "max_results": PAGE}
+    while True:
+        page = _get(uri, "model-versions/search", asked) or {}
+        found.update({int(v["version"]): _tags(v) for v in page.get("model_versions", [])})
+        if not page.get("next_page_token"):
+            return found
+        asked["page_token"] = page["next_page_token"]
 
 
 def still_registered(runtime: Runtime, model_name: str, version: int, adapter_sha256: str) -> bool:

@@ -14,7 +14,14 @@ PAD = "<pad>"
 
 
 def row_trainer(
-    model: Any, sequences: Any, params: TrainParams, steps: int, device: str, staging: Path, log: StepLog
+    model: Any,
+    sequences: Any,
+    packed: bool,
+    params: TrainParams,
+    steps: int,
+    device: str,
+    staging: Path,
+    log: StepLog,
 ) -> Any:
     """A Trainer that is ready to `train(resume_from_checkpoint=...)`; it seals checkpoints beside `staging`.
 
@@ -64,7 +71,7 @@ def row_trainer(
         model=model,
         args=_arguments(params, steps, device, staging),
         train_dataset=sequences,
-        data_collator=collator(params.packing, params.attention),
+        data_collator=collator(packed, params.attention),
         processing_class=stub,
         callbacks=[Watch()],
     )

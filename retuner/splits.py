@@ -1,121 +1,152 @@
-"""`prepare`: read every chat, set bad rows aside, drop duplicates, split by prompt.
+"""`prepare`: read every chat, set bad rows aside, drop duplicates, split by prompt, keep train and held-out apart.
 
-A row's side follows from its own prompt and the salt, so no other row, no file name and no order can move
-it: the held-out side stays held out as data grows.
+A row's side follows from its own prompt and the salt, or from a frozen set, so no other row, no file name and no
+order can move it: the held-out side stays held out as data grows. What is removed is removed from train.
 """
 
-import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from retuner.artifacts import SplitsFacts
-from retuner.chats import BadRow, Chat, read_chats
 from retuner.dataset import DataFile, Dataset
 from retuner.errors import Refused
+from retuner.naming import held_out_by_hash
 from retuner.observe import Observer
 from retuner.params import PrepareParams
+
+if TYPE_CHECKING:
+    from retuner.held_out import EarlierSet, FrozenSet
+    from retuner.intake import Counts, Reading
+    from retuner.memo import Memo
+    from retuner.rows import Ordered, Parted
+    from retuner.separation import Separation
 
 SHOWN_ROWS = 5
 
 
-class SplitRow(NamedTuple):
-    """A row of train.jsonl or held_out.jsonl; they are written in this order, by group, then id."""
+def prepare(
+    out: Path,
+    work: Path,
+    dataset: Dataset,
+    params: PrepareParams,
+    observer: Observer,
+    frozen: "FrozenSet | None" = None,
+    earlier: Sequence["EarlierSet"] = (),
+    memo: "Memo | None" = None,
+) -> SplitsFacts:
+    """Writes train.jsonl and held_out.jsonl, and what was set aside under `out`/aside; `work` is for files on the way.
 
-    group: str
-    id: str
-    line: str
-
-
-@dataclass
-class Intake:
-    """What reading found. Of bad rows only as many are kept as a run may have, or a message shows."""
-
-    rows: dict[str, SplitRow] = field(default_factory=dict)
-    """By the digest of the folded conversation, so duplicates meet."""
-    bad_rows: list[BadRow] = field(default_factory=list)
-    rows_by_file: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
-    formats: dict[str, str] = field(default_factory=dict)
-    duplicates: int = 0
-
-
-def prepare(out: Path, dataset: Dataset, params: PrepareParams, observer: Observer) -> SplitsFacts:
-    """Writes train.jsonl and held_out.jsonl, and what was set aside under `out`/aside.
+    `frozen` decides what is held out instead of the hash, `earlier` are held-out sets of earlier versions, `memo`
+    spares what was computed before: with and without it the result is the same.
 
     Errors: Refused when no file matches, a file is of another kind, there are more bad rows than
-    `params.max_bad_rows`, or a side would be empty. The message says where and what to do.
+    `params.max_bad_rows`, there is a leak of a kind that is to be refused, or a side would be empty. The message
+    says where and what to do.
     """
-    files = _matching(dataset, params.files)
-    intake = _read(files, params, observer)
-    if intake.rejected.total() > params.max_bad_rows:
-        raise _too_many_bad_rows(intake, params.max_bad_rows)
-    train: list[SplitRow] = []
-    held_out: list[SplitRow] = []
-    for row in sorted(intake.rows.values()):
-        side = held_out if is_held_out(row.group, params.split_salt, params.held_out_fraction) else train
-        side.append(row)
-    train_groups, held_out_groups = (len({row.group for row in side}) for side in (train, held_out))
-    if not train or not held_out:
-        raise _empty_side(len(intake.rows), train_groups, held_out_groups, params)
-    facts = SplitsFacts(
-        formats=intake.formats,
-        rows_read=intake.rows_by_file.total(),
-        rejected=dict(sorted(intake.rejected.items())),
-        duplicates=intake.duplicates,
-        train_rows=len(train),
-        held_out_rows=len(held_out),
-        train_groups=train_groups,
-        held_out_groups=held_out_groups,
-    )
-    _write(out / "train.jsonl", (row.line for row in train))
-    _write(out / "held_out.jsonl", (row.line for row in held_out))
+    # A cached run imports this module too, and should not pay for numpy.
+    from retuner.intake import Counts, Reading
+    from retuner.ordering import drop, groups, order
+    from retuner.rows import Ordered, Parted
+    from retuner.separation import separate
+
+    files = matching(dataset, params.files)
+    counts = Counts(max(params.max_bad_rows, SHOWN_ROWS))
+    parted, rows = Parted(work), Ordered(work)
+    try:
+        reading = Reading(params.format, params.columns, params.redact, memo)
+        _read(files, reading, counts, parted, observer)
+        if counts.rejected.total() > params.max_bad_rows:
+            raise _too_many_bad_rows(counts, params.max_bad_rows)
+
+        def held_out(groups: list[str]) -> list[bool]:
+            if frozen:
+                return [group in frozen.groups for group in groups]
+            return held_out_by_hash(groups, params.split_salt, params.held_out_fraction)
+
+        duplicates = order(parted, rows, out, held_out)
+        _add_earlier(rows, earlier, memo)
+        rows.finish()
+        train, held = rows.sides == 0, rows.sides == 1
+        if not train.any() or not held.any():
+            raise _empty_side(int((train | held).sum()), groups(rows, train), groups(rows, held), params)
+        sides = [("train", out / "train.jsonl"), ("held-out", out / "held_out.jsonl")]
+        apart = separate(rows, work, params, [*sides, *((each.name, each.path) for each in earlier)])
+        if apart.removed.any():
+            drop(out / "train.jsonl", rows, apart.removed)
+        kept = train & ~apart.removed
+        if not kept.any():
+            raise _nothing_left(int(train.sum()), apart.removals())
+        facts = SplitsFacts(
+            formats=counts.formats,
+            rows_read=counts.rows_by_file.total(),
+            rejected=dict(sorted(counts.rejected.items())),
+            redacted={kind: counts.redacted[kind] for kind in sorted(params.redact)},
+            duplicates={**asdict(duplicates), "near": apart.near["near"]},
+            leaks={kind: told["rows"] for kind, told in apart.leaks.items()},
+            removed=apart.removals(),
+            train_rows=int(kept.sum()),
+            held_out_rows=int(held.sum()),
+            train_groups=groups(rows, kept),
+            held_out_groups=groups(rows, held),
+        )
+        if memo:
+            memo.prune()
+    finally:
+        parted.close()
+        rows.close()
     (out / "aside").mkdir()
-    _write(out / "aside" / "quarantine.jsonl", (_json(asdict(bad)) for bad in intake.bad_rows))
-    report = facts.model_dump() | {"rows_by_file": intake.rows_by_file}
+    _write(out / "aside" / "quarantine.jsonl", (_json(asdict(bad)) for bad in counts.bad_rows))
+    report = {
+        "formats": facts.formats,
+        "rows_by_file": counts.rows_by_file,
+        "rows_read": facts.rows_read,
+        "rejected": facts.rejected,
+        "redacted": facts.redacted,
+        "duplicates": {
+            **facts.duplicates,
+            "near_policy": params.near_duplicates.policy,
+            "clusters": apart.near["clusters"],
+        },
+        "leaks": apart.leaks,
+        "train": {"rows": facts.train_rows, "groups": facts.train_groups},
+        "held_out": {
+            "rows": facts.held_out_rows,
+            "groups": facts.held_out_groups,
+            "set": frozen.name if frozen else None,
+        },
+        "description": counts.description.spelled(),
+    }
     _write(out / "aside" / "report.json", [_json(report)])
-    observer.say(
-        f"prepare: {facts.rows_read:,} rows, {facts.duplicates:,} duplicates dropped, "
-        f"{len(intake.bad_rows):,} set aside; train on {len(train):,} rows of {train_groups:,} prompts, "
-        f"hold out {len(held_out):,} rows of {held_out_groups:,}"
-    )
+    for line in _told(facts, counts, apart, params):
+        observer.say(line)
     return facts
 
 
-def chat_id(messages: Sequence[dict[str, str]]) -> str:
-    """32 hex digits that name a conversation by its exact roles and texts."""
-    return _digest([f"{message['role']}\n{message['content']}" for message in messages])
+def _told(facts: SplitsFacts, counts: "Counts", apart: "Separation", params: PrepareParams) -> Iterator[str]:
+    dropped = facts.duplicates["exact"] + facts.duplicates["folded"]
+    yield (
+        f"prepare: {facts.rows_read:,} rows, {dropped:,} duplicates dropped, "
+        f"{counts.rejected.total():,} set aside; train on {facts.train_rows:,} rows of {facts.train_groups:,} prompts, "
+        f"hold out {facts.held_out_rows:,} rows of {facts.held_out_groups:,}"
+    )
+    if any(facts.redacted.values()):
+        yield "redacted: " + ", ".join(f"{kind} {count:,}" for kind, count in facts.redacted.items() if count)
+    leaks = [
+        f"{kind} {told['rows']:,}{' removed' if told['removed'] else ''}"
+        for kind, told in apart.leaks.items()
+        if told["rows"]
+    ]
+    yield (
+        f"train rows that share something with held-out ones: {', '.join(leaks) or 'none'}; near duplicates within "
+        f"train: {facts.duplicates['near']:,}{' removed' if apart.near['removed'] else ''}"
+    )
 
 
-def group_of(messages: Sequence[dict[str, str]]) -> str:
-    """32 hex digits that conversations share when, but for case and space, all before an answer is equal."""
-    return _digest(_prompt(_folded(messages)))
-
-
-def is_held_out(group: str, salt: str, held_out_fraction: float) -> bool:
-    """The side of a group: true for about `held_out_fraction` of all groups, and for ever the same."""
-    return int(_digest([salt, group]), 16) < held_out_fraction * 2**128
-
-
-def _folded(messages: Sequence[dict[str, str]]) -> list[str]:
-    return [f"{message['role']}\n{' '.join(message['content'].casefold().split())}" for message in messages]
-
-
-def _prompt(folded: list[str]) -> list[str]:
-    return list(takewhile(lambda turn: not turn.startswith("assistant\n"), folded))
-
-
-def _digest(parts: list[str]) -> str:
-    # NUL keeps the parts apart: no text of a chat holds one.
-    return hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()[:32]
-
-
-def _matching(dataset: Dataset, pattern: str) -> list[DataFile]:
+def matching(dataset: Dataset, pattern: str) -> list[DataFile]:
     """The files a glob names, in the sense of `Path.glob`, sorted by name."""
     files = sorted(dataset.files, key=lambda file: file.relpath)
     matching = [file for file in files if _matches(file.relpath.split("/"), pattern.split("/"))]
@@ -137,52 +168,52 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-def _read(files: list[DataFile], params: PrepareParams, observer: Observer) -> Intake:
+def _read(
+    files: list[DataFile], reading: "Reading", counts: "Counts", parted: "Parted", observer: Observer
+) -> None:
     """Errors: Refused, naming every file that is of another kind."""
-    intake = Intake(formats=dict.fromkeys((file.relpath for file in files), "none"))
+    counts.formats.update(dict.fromkeys((file.relpath for file in files), "none"))
     refusals = []
     for number, file in enumerate(files, 1):
         try:
-            for row in read_chats([file], params.format):
-                _take(intake, row, params.max_bad_rows)
+            for line, segment in reading.segments(file):
+                counts.add(file.relpath, line, segment.notes)
+                parted.add(segment.batch)
         except Refused as refusal:
             refusals.append(refusal)
         else:
-            rows = intake.rows_by_file[file.relpath]
-            observer.say(f"{file.relpath}: {rows:,} rows, format {intake.formats[file.relpath]}")
+            rows = counts.rows_by_file[file.relpath]
+            observer.say(f"{file.relpath}: {rows:,} rows, format {counts.formats[file.relpath]}")
         observer.progress("files read", number, len(files))
     if len(refusals) == 1:
         raise refusals[0]
     if refusals:
         lines = [f"  - {refusal.found} (do: {refusal.do})" for refusal in refusals]
         raise Refused(f"{len(refusals)} files cannot be used:\n" + "\n".join(lines), refusals[0].expected)
-    return intake
 
 
-def _take(intake: Intake, row: Chat | BadRow, max_bad_rows: int) -> None:
-    intake.rows_by_file[row.file] += 1
-    if isinstance(row, BadRow):
-        intake.rejected[row.cause] += 1
-        if len(intake.bad_rows) <= max(max_bad_rows, SHOWN_ROWS):
-            intake.bad_rows.append(row)
-        return
-    intake.formats[row.file] = row.format
-    folded = _folded(row.messages)
-    key, group, id = _digest(folded), _digest(_prompt(folded)), chat_id(row.messages)
-    new = SplitRow(group, id, _json({"id": id, "group": group, "messages": row.messages}))
-    known = intake.rows.get(key)
-    intake.duplicates += known is not None
-    # Of rows that differ in case and space alone, the least id stays, so that no order of reading matters.
-    intake.rows[key] = min(known, new) if known else new
+def _add_earlier(rows: "Ordered", earlier: Sequence["EarlierSet"], memo: "Memo | None") -> None:
+    """The rows of each earlier held-out set, as a side of their own."""
+    import numpy as np
+
+    from retuner.intake import Reading
+
+    for side, held_out in enumerate(earlier, 2):
+        file, read = DataFile(f"{held_out.name}.jsonl", held_out.path, held_out.path.stat().st_size, ""), 0
+        for _, segment in Reading("messages", memo=memo).segments(file):
+            heads = segment.batch.heads.copy()
+            heads["place"] = read + np.cumsum(heads["line"], dtype=np.int64) - heads["line"]
+            read += int(heads["line"].sum(dtype=np.int64))
+            rows.add(replace(segment.batch, heads=heads), np.full(len(heads), side))
 
 
-def _too_many_bad_rows(intake: Intake, max_bad_rows: int) -> Refused:
-    total = intake.rejected.total()
-    shown = [f"  - {bad.where} {bad.cause}: {bad.message}" for bad in intake.bad_rows[:SHOWN_ROWS]]
+def _too_many_bad_rows(counts: "Counts", max_bad_rows: int) -> Refused:
+    total = counts.rejected.total()
+    shown = [f"  - {bad.where} {bad.cause}: {bad.message}" for bad in counts.bad_rows[:SHOWN_ROWS]]
     more = [f"  - and {total - len(shown):,} more"] * (total > len(shown))
-    causes = ", ".join(f"{cause} {count:,}" for cause, count in intake.rejected.most_common())
+    causes = ", ".join(f"{cause} {count:,}" for cause, count in counts.rejected.most_common())
     return Refused(
-        f"{total:,} of {intake.rows_by_file.total():,} rows cannot be used:\n"
+        f"{total:,} of {counts.rows_by_file.total():,} rows cannot be used:\n"
         + "\n".join([*shown, *more, f"  by cause: {causes}"]),
         f"at most {max_bad_rows:,} bad rows (prepare.max_bad_rows)",
         f"mend them, or set prepare.max_bad_rows to {total} to leave them out and list them in quarantine",
@@ -203,10 +234,25 @@ def _empty_side(rows: int, train_groups: int, held_out_groups: int, params: Prep
             "add chats, or check prepare.files",
         )
     side = "held out" if train_groups else "left to train on"
+    if params.held_out_set:
+        return Refused(
+            f"of {rows:,} rows with {groups:,} different prompts none is {side}",
+            f"some prompts that the held-out set {params.held_out_set} names, and others",
+            "check prepare.files and prepare.held_out_set",
+        )
     return Refused(
         f"of {rows:,} rows with {groups:,} different prompts none is {side}",
         f"prompts on both sides of prepare.held_out_fraction ({params.held_out_fraction})",
         "add chats, or change prepare.held_out_fraction or prepare.split_salt",
+    )
+
+
+def _nothing_left(rows: int, removed: dict[str, int]) -> Refused:
+    causes = ", ".join(f"{cause} {count:,}" for cause, count in removed.items() if count)
+    return Refused(
+        f"all {rows:,} rows to train on were removed: {causes}",
+        "rows that share nothing with held-out ones",
+        "set the policies under prepare.leaks to report, and look at the report",
     )
 
 

@@ -1,210 +1,115 @@
-"""`template`: conversations as token ids with a loss mask, in Arrow streams that `datasets` reads as they are."""
+"""`template`: conversations as token ids with a loss mask, in Arrow streams that `datasets` reads as they are.
+
+Rows that are in the memo are not tokenised again. What is written is put together in the order of the rows, so that the
+same data gives the same bytes whatever was in the memo.
+"""
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import dropwhile, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from retuner.artifacts import Base, ChatsFacts, Splits
+from retuner.artifacts import Base, ChatsFacts, PacksFacts, Splits
 from retuner.base import load_tokenizer
+from retuner.chat_lines import Chat, ChatLines, hex_strings
+from retuner.data_page import data_page
 from retuner.errors import Refused
+from retuner.held_out_prompts import write_prompts
 from retuner.observe import Observer
+from retuner.pack_plan import plan_packs, write_packs
 from retuner.params import TemplateParams
-from retuner.rendering import IGNORE, Renderer, Row
-from retuner.sample_page import ShownRow, draw_lengths, sample_page
+from retuner.rendering import Renderer
+from retuner.row_memo import MISSING, Places, RowMemo
+from retuner.template_side import Side, chat_name
+from retuner.token_rows import TokenRows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 BATCH_ROWS = 1000
+"""Rows of one Arrow batch."""
 CHECKED_ROWS = 64
 """How many plain rows are compared with the reference, `apply_chat_template`, at least."""
-SHOWN_ROWS = {"train": 16, "held_out": 4}
-
-Chat = dict[str, Any]
-"""A line of train.jsonl or held_out.jsonl."""
 
 
-def template(out: Path, splits: Splits, base: Base, params: TemplateParams, observer: Observer) -> ChatsFacts:
-    """Write train.arrow, held_out.arrow and prompts.jsonl into `out`, and what people can look at into its aside.
+def template(
+    out: Path,
+    work: Path,
+    splits: Splits,
+    base: Base,
+    params: TemplateParams,
+    memo: Path | None,
+    observer: Observer,
+) -> ChatsFacts:
+    """Write train.arrow, held_out.arrow, prompts.jsonl and, where rows are packed, packs.arrow into `out`, and what
+    people can look at into its aside. `memo` is a folder of the rows that were tokenised before for this base; with
+    and without it the result is the same.
 
     Errors: Refused when a chat is too long and `params.too_long` is `refuse`, when nothing to train or score on
     remains, and when the base's template cannot lay out the chats. The message names a chat.
     """
     _check_room(base, params)
     renderer = Renderer(load_tokenizer(base.path))
-    check = _reference_check(renderer)
-    train = Side("train", splits.facts.train_rows, params)
-    held_out = Side("held_out", splits.facts.held_out_rows, params)
-    prompts = HeldOutPrompts(renderer, params.max_tokens)
+    rows = RowMemo(memo or work / "rows")
+    check = ReferenceCheck(renderer)
+    train, held_out = (Side(name, ChatLines(splits.path / f"{name}.jsonl")) for name in ("train", "held_out"))
+    total = len(train.lines) + len(held_out.lines)
+    check.first(train.lines)
+    for side, before in ((train, 0), (held_out, len(train.lines))):
+        side.places = rows.find(side.lines.ids)
+        for done in _add_missing(renderer, rows, side):
+            observer.progress("rows templated", before + done, total)
+    rows.flush()
     for side in (train, held_out):
-        with _arrow_stream(out / f"{side.name}.arrow") as write:
-            for chats in _batches(splits.path / f"{side.name}.jsonl"):
-                check(chats)
-                write(side.take(chats, _encode(renderer, chats)))
-                if side is held_out:
-                    prompts.take(chats)
-                done = len(train.lengths) + len(held_out.lengths)
-                observer.progress("rows templated", done, train.expected + held_out.expected)
+        side.measure(rows, params)
+        check.others(side.lines, rows, side.places)
     if params.too_long == "refuse":
-        _refuse_too_long(train, held_out)
+        _refuse_too_long(train, held_out, params)
+    for side in (train, held_out):
+        _write_rows(out / f"{side.name}.arrow", side, rows, params)
+    prompts, prompts_too_long = write_prompts(
+        out / "prompts.jsonl", held_out.lines, rows, held_out.places, params.max_tokens
+    )
+    left_out = train.left_out + held_out.left_out + Counter(held_out_prompt_too_long=prompts_too_long)
     facts = ChatsFacts(
         train_rows=train.rows,
         held_out_rows=held_out.rows,
-        held_out_prompts=prompts.write(out / "prompts.jsonl"),
+        held_out_prompts=prompts,
         train_tokens=train.tokens,
         supervised_tokens=train.supervised,
         longest_row_tokens=max(train.longest, held_out.longest),
-        left_out=dict(sorted((train.left_out + held_out.left_out + prompts.left_out).items())),
+        left_out={cause: count for cause, count in sorted(left_out.items()) if count},
+        packs=_pack(out / "packs.arrow", train, params.pack_tokens),
     )
-    _refuse_nothing_left(facts, train, held_out)
-    told = _told(facts, train, held_out)
-    for line in told:
+    _refuse_nothing_left(facts, train, held_out, params)
+    for line in _told(facts, train, held_out, params):
         observer.say(f"template: {line}")
-    (out / "aside").mkdir()
-    page = sample_page([*train.shown, *held_out.shown], renderer.tokenizer, told)
-    (out / "aside" / "sample.html").write_text(page, encoding="utf-8")
-    lengths = {"train": train.lengths, "held out": held_out.lengths}
-    draw_lengths(out / "aside" / "lengths.png", lengths, params.max_tokens)
+    _write_page(out / "aside", splits, facts, (train, held_out), rows, renderer.tokenizer, params)
+    if memo:
+        rows.compact(Places.joined([train.places, held_out.places]))
     return facts
 
 
-@dataclass
-class Side:
-    """The train or the held-out conversations, and what becomes of them."""
+def _add_missing(renderer: Renderer, rows: RowMemo, side: Side) -> Iterator[int]:
+    """Tokenise what the memo does not hold; tells how many rows are done, those it holds included."""
+    import numpy as np
 
-    name: str
-    expected: int
-    params: TemplateParams
-    rows: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    longest: int = 0
-    cut: int = 0
-    stripped: int = 0
-    """Conversations of which the tokenizer drops white space at the edge of a message."""
-    left_out: Counter[str] = field(default_factory=Counter)
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of every conversation, before it was cut or left out."""
-    longest_before: tuple[int, str] = (0, "")
-    """Tokens and name of the longest of them."""
-    shown: list[ShownRow] = field(default_factory=list)
-
-    def take(self, chats: Sequence[Chat], rows: Sequence[Row]) -> list[tuple[Chat, Row]]:
-        """Those that are used, cut to `max_tokens` where params say so."""
-        used = []
-        every = max(1, self.expected // SHOWN_ROWS[self.name])
-        for chat, row in zip(chats, rows, strict=True):
-            tokens = len(row.input_ids)
-            if tokens > self.longest_before[0]:
-                self.longest_before = (tokens, _name(chat))
-            self.lengths.append(tokens)
-            self.stripped += row.stripped_chars > 0
-            if (fitting := self._fit(row)) is None:
-                continue
-            used.append((chat, fitting))
-            self.rows += 1
-            self.tokens += len(fitting.input_ids)
-            self.supervised += len(fitting.labels) - fitting.labels.count(IGNORE)
-            self.longest = max(self.longest, len(fitting.input_ids))
-            if len(self.shown) < SHOWN_ROWS[self.name] and len(self.lengths) > len(self.shown) * every:
-                self.shown.append(ShownRow(self.name, chat["id"], fitting.input_ids, fitting.labels))
-        return used
-
-    def _fit(self, row: Row) -> Row | None:
-        if len(row.input_ids) <= self.params.max_tokens:
-            return row
-        if self.params.too_long != "truncate":
-            self.left_out[f"{self.name}_too_long"] += 1
-        elif (short := cut(row, self.params.max_tokens)) is None:
-            self.left_out[f"{self.name}_no_whole_answer"] += 1
-        else:
-            self.cut += 1
-            return short
-        return None
+    missing = np.flatnonzero(side.places.file == MISSING)
+    done = len(side.lines) - len(missing)
+    yield done
+    for numbers, chats in side.lines.batches(missing):
+        encoded = _encode(renderer, chats)
+        plain = [renderer.is_plain(chat["messages"]) for chat in chats]
+        roles = ["\n".join([message["role"] for message in chat["messages"]]) for chat in chats]
+        places = rows.add(side.lines.ids[numbers], encoded, roles, plain)
+        side.places.file[numbers], side.places.row[numbers] = places.file, places.row
+        done += len(numbers)
+        yield done
 
 
-def cut(row: Row, max_tokens: int) -> Row | None:
-    """The first `max_tokens` tokens, with loss on whole answers only; None when no answer is whole.
-
-    An answer without its stop token would teach the model to stop in the middle.
-    """
-    labels = row.labels[:max_tokens]
-    if row.labels[max_tokens] != IGNORE:
-        while labels and labels[-1] != IGNORE:
-            labels.pop()
-        labels += [IGNORE] * (max_tokens - len(labels))
-    if labels.count(IGNORE) == len(labels):
-        return None
-    return Row(row.input_ids[:max_tokens], labels, row.stripped_chars)
-
-
-@dataclass
-class HeldOutPrompts:
-    """What is asked of every model: per group the context of a last answer, and the answers known to it."""
-
-    renderer: Renderer
-    max_tokens: int
-    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
-    left_out: Counter[str] = field(default_factory=Counter)
-
-    def take(self, chats: Sequence[Chat]) -> None:
-        for chat in chats:
-            *context, answer = chat["messages"]
-            known = self.asked.setdefault(chat["group"], {"messages": context, "references": []})
-            same = _after_first_answer(known["messages"]) == _after_first_answer(context)
-            if same and answer["content"] not in known["references"]:
-                known["references"].append(answer["content"])
-
-    def write(self, path: Path) -> int:
-        """One line for each that fits into `max_tokens`, by group; returns how many."""
-        count = 0
-        with path.open("w", encoding="utf-8", newline="\n") as lines:
-            for group, asked in sorted(self.asked.items()):
-                prompt_ids = self.renderer.encode_prompt(asked["messages"])
-                if len(prompt_ids) > self.max_tokens:
-                    self.left_out["held_out_prompt_too_long"] += 1
-                    continue
-                line = {"group": group, "prompt_ids": prompt_ids, **asked}
-                lines.write(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
-                count += 1
-        return count
-
-
-def _after_first_answer(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """What conversations of one group need not share: their prompts are alike but for case and space."""
-    return list(dropwhile(lambda message: message["role"] != "assistant", messages))
-
-
-def _batches(path: Path) -> Iterator[list[Chat]]:
-    with path.open(encoding="utf-8") as lines:
-        while chats := [json.loads(line) for line in islice(lines, BATCH_ROWS)]:
-            yield chats
-
-
-@contextmanager
-def _arrow_stream(path: Path) -> Iterator[Callable[[list[tuple[Chat, Row]]], None]]:
-    import pyarrow as pa
-
-    tokens = pa.list_(pa.int32())
-    schema = pa.schema({"id": pa.string(), "group": pa.string(), "input_ids": tokens, "labels": tokens})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-
-        def write(used: list[tuple[Chat, Row]]) -> None:
-            columns = (
-                [chat["id"] for chat, _ in used],
-                [chat["group"] for chat, _ in used],
-                [row.input_ids for _, row in used],
-                [row.labels for _, row in used],
-            )
-            arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
-            stream.write_batch(pa.record_batch(arrays, schema=schema))
-
-        yield write
-
-
-def _encode(renderer: Renderer, chats: Sequence[Chat]) -> list[Row]:
+def _encode(renderer: Renderer, chats: Sequence[Chat]) -> TokenRows:
     try:
         return renderer.encode_chats([chat["messages"] for chat in chats])
     except Refused:
@@ -214,20 +119,45 @@ def _encode(renderer: Renderer, chats: Sequence[Chat]) -> list[Row]:
         raise
 
 
-def _reference_check(renderer: Renderer) -> Callable[[Sequence[Chat]], None]:
-    """Compares the first plain conversations, and the first of each sequence of roles, with the reference."""
-    seen: Counter[tuple[str, ...]] = Counter()
+class ReferenceCheck:
+    """Compares the first plain conversations, and the first of each sequence of roles, with the reference. Which ones
+    follows from the data alone, not from what is in the memo. Errors: Refused, naming the chat."""
 
-    def check(chats: Sequence[Chat]) -> None:
-        for chat in chats:
-            messages = chat["messages"]
-            roles = tuple(message["role"] for message in messages)
-            if (seen.total() < CHECKED_ROWS or roles not in seen) and renderer.is_plain(messages):
-                with _named(chat):
-                    renderer.check(messages)
-                seen[roles] += 1
+    def __init__(self, renderer: Renderer):
+        self.renderer = renderer
+        self.checked = 0
+        self.roles: set[str] = set()
+        self._early: tuple[ChatLines, int] | None = None
 
-    return check
+    def first(self, lines: ChatLines) -> None:
+        """Before anything is tokenised for long."""
+        import numpy as np
+
+        count = min(CHECKED_ROWS, len(lines))
+        self._early = lines, count
+        for chat in lines.read(np.arange(count)):
+            if self.renderer.is_plain(chat["messages"]):
+                self._check(chat)
+
+    def others(self, lines: ChatLines, rows: RowMemo, places: Places) -> None:
+        import numpy as np
+
+        plain = rows.column("plain", places).astype(bool)
+        if self._early and self._early[0] is lines:
+            plain[: self._early[1]] = False
+        numbers = np.flatnonzero(plain)
+        roles, names = rows.roles(places)
+        of_each = numbers[np.unique(roles[numbers], return_index=True)[1]]
+        wanted = [number for number in of_each if names[roles[number]] not in self.roles]
+        wanted += numbers[: max(0, CHECKED_ROWS - self.checked)].tolist()
+        for chat in lines.read(np.unique(np.array(wanted, np.int64))):
+            self._check(chat)
+
+    def _check(self, chat: Chat) -> None:
+        with _named(chat):
+            self.renderer.check(chat["messages"])
+        self.checked += 1
+        self.roles.add("\n".join(message["role"] for message in chat["messages"]))
 
 
 @contextmanager
@@ -236,13 +166,70 @@ def _named(chat: Chat) -> Iterator[None]:
     try:
         yield
     except Refused as refusal:
-        raise Refused(f"{_name(chat)}: {refusal.found}", refusal.expected, refusal.do) from refusal
+        raise Refused(f"{chat_name(chat)}: {refusal.found}", refusal.expected, refusal.do) from refusal
 
 
-def _name(chat: Chat) -> str:
-    asked = next((message for message in chat["messages"] if message["role"] == "user"), chat["messages"][0])
-    opening = " ".join(asked["content"].split())
-    return f"chat {chat['id']} ({opening[:50]!r}{'…' if len(opening) > 50 else ''})"
+# --- what is written
+
+
+def _write_rows(path: Path, side: Side, rows: RowMemo, params: TemplateParams) -> None:
+    import pyarrow as pa
+
+    tokens = pa.list_(pa.int32())
+    schema = pa.schema({"id": pa.string(), "group": pa.string(), "input_ids": tokens, "labels": tokens})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+        for first in range(0, side.rows, BATCH_ROWS):
+            numbers = side.kept[first : first + BATCH_ROWS]
+            batch = rows.rows(side.places[numbers], params.max_tokens)
+            columns = [
+                hex_strings(side.lines.ids[numbers]),
+                hex_strings(side.lines.groups[numbers]),
+                _listed(batch.input_ids, batch.offsets),
+                _listed(batch.labels(), batch.offsets),
+            ]
+            stream.write_batch(pa.record_batch(columns, schema=schema))
+            rows.let_go()
+
+
+def _listed(values: "NDArray[Any]", offsets: "NDArray[Any]") -> Any:
+    import numpy as np
+    import pyarrow as pa
+
+    flat = pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+    ends = pa.py_buffer(offsets.astype(np.int32))
+    return pa.Array.from_buffers(pa.list_(pa.int32()), len(offsets) - 1, [None, ends], children=[flat])
+
+
+def _pack(path: Path, train: Side, pack_tokens: int | None) -> PacksFacts | None:
+    if pack_tokens is None or not train.rows:
+        return None
+    count = write_packs(path, plan_packs(train.kept_tokens, pack_tokens), pack_tokens)
+    return PacksFacts(
+        count=count,
+        fill=train.tokens / (count * pack_tokens),
+        rows_too_long=train.left_out.total(),
+    )
+
+
+def _write_page(
+    aside: Path,
+    splits: Splits,
+    facts: ChatsFacts,
+    sides: tuple[Side, Side],
+    rows: RowMemo,
+    tokenizer: Any,
+    params: TemplateParams,
+) -> None:
+    report = json.loads((splits.path / "aside" / "report.json").read_bytes())
+    tokens = {
+        "max_tokens": params.max_tokens,
+        **{side.name: side.spelled() for side in sides},
+        "packs": facts.packs and facts.packs.model_dump(),
+    }
+    shown = [row for side in sides for row in side.shown(rows, params.max_tokens)]
+    aside.mkdir()
+    (aside / "report.html").write_text(data_page(report, tokens, shown, tokenizer), encoding="utf-8")
+    (aside / "tokens.json").write_text(json.dumps(tokens), encoding="utf-8")
 
 
 # --- what is refused, and what is said
@@ -258,46 +245,51 @@ def _check_room(base: Base, params: TemplateParams) -> None:
         )
 
 
-def _refuse_too_long(train: Side, held_out: Side) -> None:
+def _refuse_too_long(train: Side, held_out: Side, params: TemplateParams) -> None:
     count = train.left_out.total() + held_out.left_out.total()
     if not count:
         return
-    total = len(train.lengths) + len(held_out.lengths)
-    longest, name = max(train.longest_before, held_out.longest_before)
+    total = len(train.lines) + len(held_out.lines)
+    side = max(train, held_out, key=lambda side: side.longest_before)
     raise Refused(
-        f"too long are {count:,} of {total:,} chats; the longest is {name} with {longest:,} tokens",
-        f"at most {train.params.max_tokens:,} tokens (template.max_tokens)",
-        f"raise template.max_tokens to {longest}, or set template.too_long to leave_out or truncate",
+        f"too long are {count:,} of {total:,} chats; the longest is {side.longest_name()} with "
+        f"{side.longest_before:,} tokens",
+        f"at most {params.max_tokens:,} tokens (template.max_tokens)",
+        f"raise template.max_tokens to {side.longest_before}, or set template.too_long to leave_out or truncate",
     )
 
 
-def _refuse_nothing_left(facts: ChatsFacts, train: Side, held_out: Side) -> None:
-    for side, rows in ((train, facts.train_rows), (held_out, facts.held_out_rows)):
-        if rows == 0:
-            longest, name = side.longest_before
+def _refuse_nothing_left(facts: ChatsFacts, train: Side, held_out: Side, params: TemplateParams) -> None:
+    for side in (train, held_out):
+        if side.rows == 0:
             raise Refused(
-                f"none of the {len(side.lengths):,} {side.name} chats fits; "
-                f"the longest is {name} with {longest:,} tokens",
-                f"a whole answer within {side.params.max_tokens:,} tokens (template.max_tokens)",
+                f"none of the {len(side.lines):,} {side.name} chats fits; "
+                f"the longest is {side.longest_name()} with {side.longest_before:,} tokens",
+                f"a whole answer within {params.max_tokens:,} tokens (template.max_tokens)",
                 "raise template.max_tokens",
             )
     if facts.held_out_prompts == 0:
         raise Refused(
-            f"none of the {len(held_out.lengths):,} held-out prompts fits",
-            f"prompts of at most {held_out.params.max_tokens:,} tokens (template.max_tokens)",
+            f"none of the {len(held_out.lines):,} held-out prompts fits",
+            f"prompts of at most {params.max_tokens:,} tokens (template.max_tokens)",
             "raise template.max_tokens",
         )
 
 
-def _told(facts: ChatsFacts, train: Side, held_out: Side) -> list[str]:
+def _told(facts: ChatsFacts, train: Side, held_out: Side, params: TemplateParams) -> list[str]:
     share = facts.supervised_tokens / facts.train_tokens
     lines = [
         f"{facts.train_tokens:,} tokens in {facts.train_rows:,} train rows, {share:.0%} of them with loss; "
-        f"the longest row has {facts.longest_row_tokens:,} tokens (at most {train.params.max_tokens:,})",
+        f"the longest row has {facts.longest_row_tokens:,} tokens (at most {params.max_tokens:,})",
         f"{facts.held_out_rows:,} held-out rows, {facts.held_out_prompts:,} held-out prompts",
     ]
+    if packs := facts.packs:
+        lines.append(
+            f"{packs.count:,} packs of {params.pack_tokens:,} tokens, {100 * packs.fill:.1f} % full; "
+            f"rows split 0, too long {packs.rows_too_long:,}"
+        )
     if count := train.cut + held_out.cut:
-        lines.append(f"chats cut at {train.params.max_tokens:,} tokens: {count:,}")
+        lines.append(f"chats cut at {params.max_tokens:,} tokens: {count:,}")
     if facts.left_out:
         lines.append(
             "left out: " + ", ".join(f"{cause} {count:,}" for cause, count in facts.left_out.items())

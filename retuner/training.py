@@ -31,7 +31,7 @@ from retuner.lora import (
     write_adapter,
 )
 from retuner.observe import Observer
-from retuner.packing import RowCounts, count_rows, pack, read_rows
+from retuner.packing import RowCounts, count_rows, lay_out, read_rows
 from retuner.params import TrainParams
 from retuner.row_trainer import row_trainer
 from retuner.step_log import StepLog
@@ -60,8 +60,13 @@ def train(
             names = ", ".join(f"{llama} is in {fused}" for llama, fused in translated.items())
             observer.say(f"train: adapting {', '.join(targets)}; in this base {names}")
 
-        sequences = pack(rows, params.pack_tokens, work / "packed.arrow") if params.packing else rows
-        slots = len(sequences) * (params.pack_tokens if params.packing else counts.longest_tokens)
+        packs = chats.path / "packs.arrow"
+        packed = packs.exists()
+        if packed:
+            sequences, sequence_tokens = lay_out(rows, packs, work / "packed.arrow")
+        else:
+            sequences, sequence_tokens = rows, counts.longest_tokens
+        slots = len(sequences) * sequence_tokens
         steps = planned_steps(len(sequences), params)
         model = load_model(base.path, params.precision, params.attention, device, use_cache=False)
         torch.manual_seed(params.seed)  # For the adapter's first weights; the Trainer seeds itself again.
@@ -72,11 +77,11 @@ def train(
             f"train: {trainable:,} of {total:,} parameters learn ({100 * trainable / total:.2f} %), in "
             f"{', '.join(f'{count} {kind}' for kind, count in adapted.items())}; "
             f"{100 * counts.supervised_tokens / counts.tokens:.0f} % of {counts.tokens:,} tokens carry loss; "
-            f"{'packing fills' if params.packing else 'not packed, rows fill'} {100 * counts.tokens / slots:.1f} %"
+            f"{'packing fills' if packed else 'not packed, rows fill'} {100 * counts.tokens / slots:.1f} %"
         )
 
         log = StepLog(params.log_every_steps, steps, observer)
-        trainer = row_trainer(model, sequences, params, steps, device, staging, log)
+        trainer = row_trainer(model, sequences, packed, params, steps, device, staging, log)
         resumed = checkpoints.newest_whole(work, observer.say)
         if resumed:
             observer.say(f"train: going on after {resumed.name} of {steps}")
@@ -137,12 +142,6 @@ def _refuse_what_cannot_work(counts: RowCounts, params: TrainParams, device: str
             f"none of {counts.tokens:,} tokens carries loss",
             "answers to learn from",
             "look at the sample page of the template stage",
-        )
-    if params.packing and counts.longest_tokens > params.pack_tokens:
-        raise Refused(
-            f"a row of {counts.longest_tokens:,} tokens does not fit train.pack_tokens {params.pack_tokens:,}",
-            "a pack that holds the longest row: rows are never split",
-            "raise train.pack_tokens or lower template.max_tokens",
         )
     if params.schedule == "constant" and params.warmup_fraction:
         raise Refused(

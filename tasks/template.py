@@ -2,6 +2,8 @@ from pathlib import Path
 
 from retuner import templating
 from retuner.artifacts import Base, ChatsFacts, Splits
+from retuner.code_digest import code_digest
+from retuner.fingerprint import fingerprint, library_versions
 from retuner.params import TemplateParams
 from tasks.context import RunContext
 from tasks.step import Step
@@ -10,20 +12,23 @@ from tasks.step import Step
 def template(run: RunContext, splits: Splits, base: Base, params: TemplateParams) -> Step[ChatsFacts]:
     """Token ids and the loss mask, laid out by the base's own chat template."""
 
+    # Only the tokenizer of the base matters here: other weights under it are no reason to run again.
+    tokenizer = {"tokenizer": base.facts.tokenizer_sha256, "template": base.facts.template_sha256}
+    libraries = ("jinja2", "numpy", "pyarrow", "tokenizers", "transformers")
+
     def build(out: Path, work: Path) -> ChatsFacts:
-        return templating.template(out, splits, base, params, run.observer)
+        # What one row becomes depends on this alone, not on the other rows or the params.
+        code = code_digest("retuner.rendering:Renderer", run.code_notes)
+        key = fingerprint({**tokenizer, "code": code, "libraries": library_versions(libraries)})
+        memo = run.store.root / "memo" / key
+        return templating.template(out, work, splits, base, params, memo, run.observer)
 
     return Step(
         stage="template",
         code=("retuner.templating:template",),
-        libraries=("jinja2", "pyarrow", "tokenizers", "transformers"),
+        libraries=libraries,
         params=params.model_dump(mode="json"),
-        # Only the tokenizer of the base matters here: other weights under it are no reason to run again.
-        inputs={
-            "splits": splits.digest,
-            "tokenizer": base.facts.tokenizer_sha256,
-            "template": base.facts.template_sha256,
-        },
+        inputs={"splits": splits.digest, **tokenizer},
         uses=(splits, base),
         facts=ChatsFacts,
         build=build,

@@ -70,6 +70,7 @@ def chats(base, loaded, tmp_path_factory) -> Chats:
         supervised_tokens=0,
         longest_row_tokens=0,
         left_out={},
+        packs=None,
     )
     return Chats(stage="template", fingerprint="f", digest="d", path=folder, facts=facts)
 

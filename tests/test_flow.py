@@ -87,7 +87,7 @@ def test_the_mlflow_run_shows_params_curves_data_answers_and_the_gate(finished):
     kind = client.get_experiment(summary["experiment_id"]).tags["mlflow.experimentKind"]
     assert kind == "custom_model_development"
     artifacts = {Path(home, "mlflow", "artifacts", summary["run_id"], "artifacts", name) for name in (
-        "answers.json", "data/sample.html", "data/lengths.png", "evaluation/report.json", "lineage.json"
+        "answers.json", "data/report.html", "data/report.json", "evaluation/report.json", "lineage.json"
     )}  # fmt: skip
     assert all(path.stat().st_size for path in artifacts)
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,11 +12,14 @@ from hypothesis import strategies as st
 
 from retuner.artifacts import Base, Splits, SplitsFacts
 from retuner.base import fetch_base, load_tokenizer
+from retuner.data_report import TokenReport
 from retuner.errors import Refused
 from retuner.observe import Silent
 from retuner.params import TemplateParams, TinyBase
-from retuner.rendering import IGNORE, WHITE_SPACE, Renderer, Row
-from retuner.templating import cut, template
+from retuner.rendering import Renderer
+from retuner.templating import template
+from retuner.token_rows import IGNORE
+from retuner.words import WHITE_SPACE
 
 SHARED = Path(__file__).parents[2] / "shared"
 PHI3 = SHARED / "phi3-tokenizer"
@@ -342,18 +344,32 @@ class Heard(Silent):
         self.lines.append(line)
 
 
+def row_id(side: str, number: int) -> str:
+    return f"{side[0].encode().hex()}{number:030x}"
+
+
+def group_id(name: str) -> str:
+    return name.encode().hex().ljust(32, "0")
+
+
 def splits_of(folder: Path, train, held_out) -> Splits:
     """`train` and `held_out`: (group, messages) each."""
     folder.mkdir()
     for name, side in (("train", train), ("held_out", held_out)):
-        lines = (
-            json.dumps({"id": f"{name}-{number}", "group": group, "messages": messages})
+        rows = sorted(
+            (group_id(group), row_id(name, number), messages)
             for number, (group, messages) in enumerate(side)
         )
+        lines = (
+            json.dumps({"group": group, "id": id, "messages": messages}, ensure_ascii=False)
+            for group, id, messages in rows
+        )
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    (folder / "aside").mkdir()
+    (folder / "aside" / "report.json").write_text("{}")
     groups = [len({group for group, _ in side}) for side in (train, held_out)]
     facts = SplitsFacts(
-        formats={}, rows_read=len(train) + len(held_out), rejected={}, duplicates=0,
+        formats={}, rows_read=len(train) + len(held_out), rejected={}, redacted={}, duplicates={}, leaks={}, removed={},
         train_rows=len(train), held_out_rows=len(held_out), train_groups=groups[0], held_out_groups=groups[1],
     )  # fmt: skip
     return Splits(stage="prepare", fingerprint="", digest="", path=folder, facts=facts)
@@ -368,12 +384,16 @@ def asked(question: str, *answers: str) -> list[dict[str, str]]:
     ]
 
 
-def run_stage(tmp_path, tiny, train, held_out, max_tokens=64, too_long="refuse"):
-    out = tmp_path / "out"
-    out.mkdir()
+def run_stage(
+    tmp_path, tiny, train, held_out, max_tokens=64, too_long="refuse", pack_tokens=None, memo=None
+):
+    out, work = tmp_path / "out", tmp_path / "work"
+    for folder in (out, work):
+        folder.mkdir()
     heard = Heard()
-    params = TemplateParams(max_tokens=max_tokens, too_long=too_long)
-    facts = template(out, splits_of(tmp_path / "splits", train, held_out), tiny, params, heard)
+    params = TemplateParams(max_tokens=max_tokens, too_long=too_long, pack_tokens=pack_tokens)
+    splits = splits_of(tmp_path / "splits", train, held_out)
+    facts = template(out, work, splits, tiny, params, memo, heard)
     return out, facts, heard.lines
 
 
@@ -386,23 +406,24 @@ def read_rows(path: Path):
 def test_the_stage_writes_rows_that_datasets_reads_and_prompts_with_all_their_answers(tmp_path, tiny):
     train = [("g1", asked("Colour?", "red")), ("g2", MULTI_TURN)]
     held_out = [
-        *(("b", asked("Size?", answer)) for answer in ("small", "big", "small")),
         ("a", asked("Why?", "So.", "Because.")),
         ("a", asked("Why?", "No!", "Never.")),  # another conversation by its second turn
+        *(("b", asked("Size?", answer)) for answer in ("small", "big", "small")),
     ]
     out, facts, _ = run_stage(tmp_path, tiny, train, held_out, 128)
     renderer = Renderer(load_tokenizer(tiny.path))
 
     rows = read_rows(out / "train.arrow")
-    assert [row["id"] for row in rows] == ["train-0", "train-1"]
+    assert [row["id"] for row in rows] == [row_id("train", 0), row_id("train", 1)]
     for row, (_, messages) in zip(rows, train, strict=True):
         assert (row["input_ids"], row["labels"]) == renderer.encode_chat(messages)
-    assert [row["group"] for row in read_rows(out / "held_out.arrow")] == ["b", "b", "b", "a", "a"]
+    held_out_groups = [row["group"] for row in read_rows(out / "held_out.arrow")]
+    assert held_out_groups == [group_id(group) for group in "aabbb"]
 
     prompts = [json.loads(line) for line in (out / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(prompt["group"], prompt["references"]) for prompt in prompts] == [
-        ("a", ["Because."]),
-        ("b", ["small", "big"]),
+        (group_id("a"), ["Because."]),
+        (group_id("b"), ["small", "big"]),
     ]
     assert prompts[0]["messages"] == asked("Why?", "So.", "Because.")[:-1]
     assert prompts[0]["prompt_ids"] == renderer.encode_prompt(prompts[0]["messages"])
@@ -424,7 +445,7 @@ def test_a_chat_that_is_too_long_is_named_with_its_tokens(tmp_path, tiny):
         )
     longest = len(Renderer(load_tokenizer(tiny.path)).encode_chat(LONG)[0])
     assert "too long are 1 of 3 chats" in refusal.value.found
-    assert "chat train-1 ('QQQQQQQQQQQQQQQQQQQQ')" in refusal.value.found
+    assert f"chat {row_id('train', 1)} ('QQQQQQQQQQQQQQQQQQQQ')" in refusal.value.found
     assert f"with {longest} tokens" in refusal.value.found
     assert "64" in refusal.value.expected
 
@@ -434,7 +455,7 @@ def test_long_chats_are_left_out_and_counted(tmp_path, tiny):
     held_out = [("i", asked("Size?", "big")), ("j", asked("Q" * 200, "x"))]
     out, facts, lines = run_stage(tmp_path, tiny, train, held_out, too_long="leave_out")
     assert facts.left_out == {"held_out_prompt_too_long": 1, "held_out_too_long": 1, "train_too_long": 1}
-    assert [row["id"] for row in read_rows(out / "train.arrow")] == ["train-0"]
+    assert [row["id"] for row in read_rows(out / "train.arrow")] == [row_id("train", 0)]
     assert any("train_too_long 1" in line for line in lines)
 
 
@@ -449,14 +470,21 @@ def test_a_cut_chat_keeps_loss_on_whole_answers_only(tmp_path, tiny):
     assert any("cut at 64 tokens: 1" in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("at", "labels"),
-    [(3, None), (4, [-100, -100, 7, 9]), (5, [-100, -100, 7, 9, -100]), (6, [-100, -100, 7, 9, -100, -100])],
-)
-def test_a_cut_before_the_stop_token_drops_the_answer_and_a_cut_behind_it_does_not(at, labels):
-    row = Row([1, 2, 7, 9, 3, 8, 9, 4], [-100, -100, 7, 9, -100, 8, 9, -100], 0)
-    short = cut(row, at)
-    assert (short and short.labels) == labels
+@pytest.mark.parametrize(("less", "answers"), [(0, 1), (1, 0), (-1, 1)])
+def test_a_cut_before_the_stop_token_drops_the_answer_and_a_cut_behind_it_does_not(
+    tmp_path, tiny, less, answers
+):
+    renderer = Renderer(load_tokenizer(tiny.path))
+    chat = asked("Colour?", "red", "x" * 40)
+    first = len(renderer.encode_chat(chat[:2])[0]) - 1  # but for the token that ends the text
+    train = [("g", chat), ("h", asked("a", "b"))]
+    out, facts, _ = run_stage(tmp_path, tiny, train, [("i", asked("a", "b"))], first - less, "truncate")
+    rows = [row for row in read_rows(out / "train.arrow") if row["id"] == row_id("train", 0)]
+    assert len(rows) == answers
+    for row in rows:
+        assert row["input_ids"] == renderer.encode_chat(chat)[0][: first - less]
+        assert [decode(renderer, run) for run in supervised_runs(row["labels"])] == ["red<|end|>"]
+    assert facts.left_out == ({} if answers else {"train_no_whole_answer": 1})
 
 
 def test_nothing_left_is_refused_before_any_model_loads(tmp_path, tiny):
@@ -471,7 +499,7 @@ def test_more_tokens_than_the_base_takes_are_refused(tmp_path, tiny):
 
 def test_a_refused_chat_is_named(tmp_path, tiny):
     bad = [{"role": "tool", "content": "x"}, *asked("Colour?", "red")]
-    with pytest.raises(Refused, match=r"chat train-1 .*drops what the role 'tool' says"):
+    with pytest.raises(Refused, match=f"chat {row_id('train', 1)} .*drops what the role 'tool' says"):
         run_stage(
             tmp_path, tiny, [("g", asked("Colour?", "red")), ("h", bad)], [("i", asked("Size?", "big"))]
         )
@@ -490,9 +518,9 @@ def test_a_template_that_looks_into_the_text_is_caught_by_the_stage(tmp_path, ti
         "message['content']", "message['content'].replace('cat', 'dog')"
     )
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    train = [(f"g{number}", asked(f"Cow {number}?", "moo")) for number in range(100)]
-    train[odd_row[0]] = ("cat", odd_row[1])
-    with pytest.raises(Refused, match=f"chat train-{odd_row[0]} .*cannot be laid out piece by piece"):
+    train = [(f"g{number:03}", asked(f"Cow {number}?", "moo")) for number in range(100)]
+    train[odd_row[0]] = (f"g{odd_row[0]:03}", odd_row[1])
+    with pytest.raises(Refused, match=f"chat {row_id('train', odd_row[0])} .*cannot be laid out piece by piece"):
         run_stage(tmp_path, tiny.model_copy(update={"path": folder}), train, [("i", asked("Size?", "big"))])
 
 
@@ -513,17 +541,19 @@ def test_all_but_aside_is_the_same_bytes_again(tmp_path, tiny):
     assert runs[0].keys() == {"train.arrow", "held_out.arrow", "prompts.jsonl"}
 
 
-def test_the_sample_page_stands_alone_and_shows_what_is_learnt(tmp_path, tiny):
+def test_the_page_of_the_data_shows_what_is_learnt(tmp_path, tiny):
     evil = "<script>alert(1)</script><|end|>é🙂"
-    out, _, _ = run_stage(tmp_path, tiny, [("g", asked(evil, "red"))], [("i", asked("Size?", "big"))], 128)
-    html = (out / "aside" / "sample.html").read_text(encoding="utf-8")
+    out, facts, _ = run_stage(
+        tmp_path, tiny, [("g", asked(evil, "red"))], [("i", asked("Size?", "big"))], 128
+    )
     page = Page()
-    page.feed(html)
-    assert not page.tags & {"script", "img", "link", "iframe"}
-    assert not re.search(r"https?:|url\(", html)
+    page.feed((out / "aside" / "report.html").read_text(encoding="utf-8"))
+    assert "script" not in page.tags
     assert evil in page.text
     assert page.learnt == ["re", "d", "<|end|>", "b", "i", "g", "<|end|>"]
-    assert (out / "aside" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    tokens = TokenReport.model_validate_json((out / "aside" / "tokens.json").read_bytes())
+    assert (tokens.train.tokens, tokens.train.supervised) == (facts.train_tokens, facts.supervised_tokens)
+    assert sum(rows for _, _, rows in tokens.train.histogram) == 1
 
 
 class Page(HTMLParser):

@@ -57,11 +57,18 @@ def adapted_tiny(folder, attention="sdpa", dropout=0.0):
     return model
 
 
-def packed_batch(folder, pack_tokens=64):
-    """All rows, packed, as one batch; and the packs it is made of."""
-    from retuner.packing import collate_packed, pack, read_rows
+def sequences_of(folder):
+    from retuner.packing import lay_out, read_rows
 
-    packs = pack(read_rows(folder / "chats" / "train.arrow"), pack_tokens, folder / "packed.arrow").to_list()
+    chats = folder / "chats"
+    return lay_out(read_rows(chats / "train.arrow"), chats / "packs.arrow", folder / "packed.arrow")[0]
+
+
+def packed_batch(folder):
+    """All rows, packed, as one batch; and the packs it is made of."""
+    from retuner.packing import collate_packed
+
+    packs = sequences_of(folder).to_list()
     return collate_packed(packs), packs
 
 
@@ -124,21 +131,19 @@ def test_rows_are_packed_whole_and_none_is_lost(inputs):
     assert (batch["labels"][starts] == NO_LOSS).all()
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_the_loss_is_that_of_trl(inputs, packing):
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_loss_is_that_of_trl(inputs, packed):
     """TRL makes logits for every position; ours only where there is loss."""
     import torch
 
-    from retuner.packing import pack, read_rows
+    from retuner.packing import read_rows
     from retuner.row_trainer import row_trainer, supervised_loss
     from retuner.step_log import StepLog
 
-    asked = params(packing=packing, batch_size=4)
-    rows = read_rows(inputs / "chats" / "train.arrow")
-    if packing:
-        rows = pack(rows, 64, inputs / "packed.arrow")
+    rows = sequences_of(inputs) if packed else read_rows(inputs / "chats" / "train.arrow")
     model = adapted_tiny(inputs)
-    trainer = row_trainer(model, rows, asked, 1, "cpu", inputs, StepLog(1, 1, Heard()))
+    asked, log = params(batch_size=4), StepLog(1, 1, Heard())
+    trainer = row_trainer(model, rows, packed, asked, 1, "cpu", inputs, log)
     batch = next(iter(trainer.get_train_dataloader()))
     batch.pop("tokens", None)
     items = torch.tensor(50)
@@ -153,7 +158,7 @@ def test_the_loss_is_that_of_trl(inputs, packing):
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=0)
 
 
-def test_packing_changes_the_speed_and_not_what_is_learned(inputs):
+def test_packing_changes_the_speed_and_not_what_is_learned(tmp_path):
     """One step over all rows, packed and padded."""
     from safetensors.torch import load_file
     from torch.testing import assert_close
@@ -167,11 +172,12 @@ def test_packing_changes_the_speed_and_not_what_is_learned(inputs):
         "warmup_fraction": 0.0,
         "lora": {"dropout": 0.0},
     }
-    for name, packing in (("packed", True), ("padded", False)):
-        run(inputs, params(packing=packing, **one_step), out=name, work=f"work-{name}")
-    assert_close(
-        load_file(inputs / "packed" / WEIGHTS), load_file(inputs / "padded" / WEIGHTS), atol=1e-6, rtol=0
-    )
+    weights = []
+    for name, pack_tokens in (("packed", 64), ("padded", None)):
+        folder = make_inputs(tmp_path / name, pack_tokens=pack_tokens)
+        run(folder, params(**one_step))
+        weights.append(load_file(folder / "out" / WEIGHTS))
+    assert_close(*weights, atol=1e-6, rtol=0)
 
 
 def test_the_loss_falls(undisturbed):
@@ -194,10 +200,10 @@ def test_epochs_are_counted_in_steps_of_batch_times_accumulation(sequences, chan
     assert planned_steps(sequences, params(batch_size=2, gradient_accumulation=2, **changed)) == expected
 
 
-def test_epochs_train_every_row_that_often(inputs):
+def test_epochs_train_every_row_that_often(tmp_path):
     heard = Heard()
-    asked = params(max_steps=None, epochs=2.0, packing=False, batch_size=4, gradient_accumulation=2)
-    facts = run(inputs, asked, heard)
+    asked = params(max_steps=None, epochs=2.0, batch_size=4, gradient_accumulation=2)
+    facts = run(make_inputs(tmp_path, pack_tokens=None), asked, heard)
     assert facts.trained_steps == heard.steps[-1] == 8
     assert heard.steps == list(range(1, 9))
 
@@ -289,7 +295,8 @@ def test_what_is_published_names_no_place_of_this_machine(undisturbed):
 
 
 def test_the_chats_folder_is_left_as_it_was(undisturbed):
-    assert [path.name for path in (undisturbed[0] / "chats").iterdir()] == ["train.arrow"]
+    names = sorted(path.name for path in (undisturbed[0] / "chats").iterdir())
+    assert names == ["packs.arrow", "train.arrow"]
 
 
 def test_it_says_how_much_learns_how_much_carries_loss_and_how_full_the_packs_are(undisturbed):
@@ -385,11 +392,10 @@ def test_a_target_that_matches_nothing_is_refused_whatever_the_others_match(aske
     [
         ({"lora": {"targets": ("query",)}}, Refused, "query"),
         ({"attention": "flash_attention_2"}, Refused, "sdpa"),
-        ({"pack_tokens": 20}, Refused, "never split"),
         ({"schedule": "constant"}, Refused, "constant_with_warmup"),
         ({"device": "cuda"}, Unavailable, "RETUNER_DEVICE"),
     ],
-    ids=["target", "attention", "pack", "warm-up", "device"],
+    ids=["target", "attention", "warm-up", "device"],
 )
 def test_what_cannot_work_is_refused_before_the_weights_are_loaded(inputs, changed, error, told):
     import torch

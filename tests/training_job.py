@@ -11,23 +11,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from retuner.artifacts import AdapterFacts, Base, BaseFacts, Chats, ChatsFacts
 from retuner.observe import Observer, Silent
+from retuner.pack_plan import plan_packs, write_packs
 from retuner.params import TrainParams
 from retuner.tiny_phi3 import write_tiny_phi3
 from retuner.training import train
 
-STEPS, CHECKPOINT_STEPS = 12, 2
+STEPS, CHECKPOINT_STEPS, PACK_TOKENS = 12, 2, 64
 PARAMS: dict[str, Any] = {
     "seed": 1,
     "precision": "float32",
     "attention": "sdpa",
     "max_steps": STEPS,
     "epochs": None,
-    "packing": True,
-    "pack_tokens": 64,
     "batch_size": 2,
     "gradient_accumulation": 2,
     "learning_rate": 1e-2,
@@ -66,7 +66,9 @@ def random_rows(count: int = 30, longest: int = 40) -> list[tuple[list[int], lis
     return rows
 
 
-def make_inputs(folder: Path, rows: list[tuple[list[int], list[int]]] | None = None) -> Path:
+def make_inputs(
+    folder: Path, rows: list[tuple[list[int], list[int]]] | None = None, pack_tokens: int | None = PACK_TOKENS
+) -> Path:
     """A tiny base and chats below `folder`, which is handed back."""
     for name in ("base", "chats"):
         (folder / name).mkdir(parents=True)
@@ -85,6 +87,9 @@ def make_inputs(folder: Path, rows: list[tuple[list[int], list[int]]] | None = N
         pa.ipc.new_stream(sink, table.schema) as stream,
     ):
         stream.write_table(table)
+    if pack_tokens and rows:
+        lengths = np.array([len(ids) for ids, _ in rows])
+        write_packs(folder / "chats" / "packs.arrow", plan_packs(lengths, pack_tokens), pack_tokens)
     return folder
 
 
@@ -138,6 +143,7 @@ def run(
         supervised_tokens=1,
         longest_row_tokens=1,
         left_out={},
+        packs=None,
     )
     return train(
         folder / out,

@@ -1,0 +1,197 @@
+"""What conversations are like, counted: roles, turns, lengths, scripts. Cheap, exact where it can be, and mergeable,
+so that a description of appended data costs only the new rows."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+BIN_BITS = 6
+_NOT_LETTERS = bytes(set(range(256)) - set(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+_ASCII = re.compile(r"[\x00-\x7f]+")
+# The word by which Unicode's names begin, where that is not the script's own name.
+_SCRIPT_OF_WORD = {
+    "Cjk": "Han",
+    "Hangzhou": "Han",
+    "Ideographic": "Han",
+    "Feminine": "Latin",
+    "Masculine": "Latin",
+}
+_NO_SCRIPT = {
+    *(
+        "",
+        "Modifier",
+        "Mathematical",
+        "Double-Struck",
+        "Script",
+        "Black-Letter",
+        "Micro",
+        "Katakana-Hiragana",
+    ),
+    *("Alef", "Bet", "Gimel", "Dalet"),  # the mathematicians' ℵ and its like
+}
+
+
+@dataclass
+class Lengths:
+    """How many of each length: exact below 64, then in bins whose ends are at most 1/32 apart."""
+
+    bins: Counter[int] = field(default_factory=Counter)
+    """The least length of a bin to how many are in it."""
+    longest: int = 0
+
+    def add(self, length: int, times: int = 1) -> None:
+        shift = length.bit_length() - BIN_BITS
+        self.bins[length >> shift << shift if shift > 0 else length] += times
+        if length > self.longest:
+            self.longest = length
+
+    def merge(self, other: "Lengths") -> None:
+        self.bins.update(other.bins)
+        self.longest = max(self.longest, other.longest)
+
+    def quantile(self, share: float) -> int:
+        """The length that `share` of them reach at most, low by 1/32 at most; 0 when there is none."""
+        if share >= 1.0:
+            return self.longest
+        wanted, seen = share * self.bins.total(), 0
+        for low, count in sorted(self.bins.items()):
+            seen += count
+            if seen >= wanted:
+                return low
+        return self.longest
+
+    def ranges(self) -> Iterator[tuple[int, int, int]]:
+        """`(low, high, count)` of each bin, shortest first; `high` is not in it."""
+        for low, count in sorted(self.bins.items()):
+            yield low, low + (1 << max(0, low.bit_length() - BIN_BITS)), count
+
+    def spelled(self) -> dict[str, Any]:
+        bins = {str(low): count for low, count in sorted(self.bins.items())}
+        return {"longest": self.longest, "bins": bins}
+
+    @classmethod
+    def from_spelled(cls, spelled: Mapping[str, Any]) -> "Lengths":
+        return cls(Counter({int(low): n for low, n in spelled["bins"].items()}), spelled["longest"])
+
+
+@dataclass
+class Description:
+    """Of the conversations that were added. Equal to the merged descriptions of any parts of them."""
+
+    rows: int = 0
+    messages: Counter[str] = field(default_factory=Counter)
+    """By role."""
+    characters: Counter[str] = field(default_factory=Counter)
+    """By role."""
+    turns: Counter[int] = field(default_factory=Counter)
+    """How many conversations have so many answers."""
+    lengths: dict[str, Lengths] = field(default_factory=lambda: {"all": Lengths()})
+    """Characters: of messages by role, and of whole conversations under `all`."""
+    letters: Counter[str] = field(default_factory=Counter)
+    """By Unicode script. Digits, signs and emoji have none."""
+    script_rows: Counter[str] = field(default_factory=Counter)
+    """Conversations with any letter of the script."""
+
+    def add(self, messages: Sequence[Mapping[str, str]]) -> None:
+        """One conversation more."""
+        total = answers = 0
+        for message in messages:
+            role, size = message["role"], len(message["content"])
+            self.messages[role] += 1
+            self.characters[role] += size
+            if role not in self.lengths:
+                self.lengths[role] = Lengths()
+            self.lengths[role].add(size)
+            total += size
+            answers += role == "assistant"
+        self.rows += 1
+        self.turns[answers] += 1
+        self.lengths["all"].add(total)
+        scripts = letters_by_script("".join([message["content"] for message in messages]))
+        for script, count in scripts.items():
+            self.letters[script] += count
+            self.script_rows[script] += 1
+
+    def merge(self, other: "Description") -> None:
+        self.rows += other.rows
+        for name in ("messages", "characters", "turns", "letters", "script_rows"):
+            getattr(self, name).update(getattr(other, name))
+        for role, lengths in other.lengths.items():
+            self.lengths.setdefault(role, Lengths()).merge(lengths)
+
+    def spelled(self) -> dict[str, Any]:
+        """Plain JSON values, the same for the same conversations in any order."""
+        roles = {
+            role: {
+                "messages": self.messages[role],
+                "characters": self.characters[role],
+                "lengths": self.lengths[role].spelled(),
+            }
+            for role in sorted(self.messages)
+        }
+        scripts = {
+            script: {"letters": count, "rows": self.script_rows[script]}
+            for script, count in sorted(self.letters.items(), key=lambda pair: (-pair[1], pair[0]))
+        }
+        return {
+            "rows": self.rows,
+            "roles": roles,
+            "turns": {str(answers): rows for answers, rows in sorted(self.turns.items())},
+            "characters": self.lengths["all"].spelled(),
+            "scripts": scripts,
+        }
+
+    @classmethod
+    def from_spelled(cls, spelled: Mapping[str, Any]) -> "Description":
+        roles, scripts = spelled["roles"], spelled["scripts"]
+        return cls(
+            rows=spelled["rows"],
+            messages=Counter({role: said["messages"] for role, said in roles.items()}),
+            characters=Counter({role: said["characters"] for role, said in roles.items()}),
+            turns=Counter({int(answers): rows for answers, rows in spelled["turns"].items()}),
+            lengths={
+                "all": Lengths.from_spelled(spelled["characters"]),
+                **{role: Lengths.from_spelled(said["lengths"]) for role, said in roles.items()},
+            },
+            letters=Counter({script: found["letters"] for script, found in scripts.items()}),
+            script_rows=Counter({script: found["rows"] for script, found in scripts.items()}),
+        )
+
+
+def describe(conversations: Iterable[Sequence[Mapping[str, str]]]) -> Description:
+    """The description of all of them."""
+    made = Description()
+    for messages in conversations:
+        made.add(messages)
+    return made
+
+
+def letters_by_script(text: str) -> dict[str, int]:
+    """`{"Latin": 12, "Han": 3}` for a text; scripts without a letter in it are not named."""
+    found: dict[str, int] = {}
+    if latin := len(text.encode("utf-8", "replace").translate(None, _NOT_LETTERS)):
+        found["Latin"] = latin
+    if text.isascii():
+        return found
+    # Equal characters are looked up once.
+    for character, count in Counter(_ASCII.sub("", text)).items():
+        if script := script_of(character):
+            found[script] = found.get(script, 0) + count
+    return found
+
+
+@cache
+def script_of(character: str) -> str | None:
+    """`Latin`, `Cyrillic`, `Han`, ... for a letter, by its Unicode name; None for what is no letter of a script."""
+    if unicodedata.category(character)[0] != "L":
+        return None
+    words = unicodedata.name(character, "").title().split()
+    word = next(
+        (word for word in words if word not in ("Fullwidth", "Halfwidth", "Superscript", "Subscript")), ""
+    )
+    word = _SCRIPT_OF_WORD.get(word, word)
+    return None if word in _NO_SCRIPT else word

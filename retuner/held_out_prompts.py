@@ -1,0 +1,56 @@
+"""What is asked of every model: per group the context of a last answer, and the answers known to it."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import dropwhile, groupby
+from pathlib import Path
+from typing import Any
+
+from retuner.chat_lines import Chat, ChatLines
+from retuner.row_memo import Places, RowMemo
+
+
+def write_prompts(path: Path, lines: ChatLines, rows: RowMemo, places: Places, max_tokens: int) -> tuple[int, int]:
+    """One line for each group whose prompt fits into `max_tokens`, in their order: `group`, `messages`, `prompt_ids`,
+    `references`. Returns how many, and of how many the prompt does not fit."""
+    count = too_long = 0
+    with path.open("w", encoding="utf-8", newline="\n") as prompts:
+        for group, members in groupby(_with_prompts(lines, rows, places), key=lambda member: member[0]["group"]):
+            asked = _asked(members)
+            if len(asked["prompt_ids"]) > max_tokens:
+                too_long += 1
+                continue
+            line = {"group": group, **asked}
+            prompts.write(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
+            count += 1
+    return count, too_long
+
+
+def _with_prompts(lines: ChatLines, rows: RowMemo, places: Places) -> Iterator[tuple[Chat, list[int]]]:
+    """Each chat, and the ids of the prompt that asks for its last answer: those of the row before that answer,
+    as `Renderer.encode_prompt` gives them."""
+    import numpy as np
+
+    for numbers, chats in lines.batches(np.arange(len(lines))):
+        tokens = rows.rows(places[numbers], None)
+        answers = tokens.offsets[:-1] + tokens.spans[tokens.span_offsets[1:] - 1, 0]
+        for chat, start, answer in zip(chats, tokens.offsets.tolist(), answers.tolist(), strict=False):
+            yield chat, tokens.input_ids[start:answer].tolist()
+
+
+def _asked(members: Iterator[tuple[Chat, list[int]]]) -> dict[str, Any]:
+    """The first one's prompt, and the answers of all that share it to the last turn."""
+    asked: dict[str, Any] = {}
+    for chat, prompt_ids in members:
+        *context, answer = chat["messages"]
+        if not asked:
+            asked = {"messages": context, "prompt_ids": prompt_ids, "references": []}
+        same = _after_first_answer(asked["messages"]) == _after_first_answer(context)
+        if same and answer["content"] not in asked["references"]:
+            asked["references"].append(answer["content"])
+    return asked
+
+
+def _after_first_answer(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """What conversations of one group need not share: their prompts are alike but for case and space."""
+    return list(dropwhile(lambda message: message["role"] != "assistant", messages))

@@ -1,0 +1,194 @@
+"""Rows out of files, block by block: parsed, or remembered from when the very same bytes were parsed before."""
+
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from json.encoder import encode_basestring  # type: ignore[attr-defined]
+from typing import Any
+
+import numpy as np
+
+from retuner.chats import BadRow, Block, Chat, blocks, format_of_file, read_block
+from retuner.dataset import DataFile
+from retuner.describe import Description
+from retuner.fingerprint import fingerprint
+from retuner.memo import Memo
+from retuner.naming import names_of
+from retuner.redaction import redacted
+from retuner.rows import HEAD, Batch
+from retuner.sketch import sketches, word_hashes, words_of
+
+SEGMENT_BYTES = 2**18
+SEGMENT_ROWS = 2**12
+NOTES = struct.Struct("<QQ")
+
+
+@dataclass
+class Counts:
+    """What reading found. Of bad rows only as many are kept as a run may have, or a message shows."""
+
+    kept_bad_rows: int
+    bad_rows: list[BadRow] = field(default_factory=list)
+    rows_by_file: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    redacted: Counter[str] = field(default_factory=Counter)
+    formats: dict[str, str] = field(default_factory=dict)
+    description: Description = field(default_factory=Description)
+
+    def add(self, file: str, line: int, notes: "Notes") -> None:
+        self.rows_by_file[file] += notes.rows
+        if notes.format:
+            self.formats[file] = notes.format
+        for bad in notes.bad_rows:
+            self.rejected[bad["cause"]] += 1
+            if len(self.bad_rows) < self.kept_bad_rows:
+                self.bad_rows.append(BadRow(**bad | {"file": file, "line": bad["line"] + line - 1}))
+        self.redacted.update(notes.redacted)
+        self.description.merge(Description.from_spelled(notes.description))
+
+
+@dataclass
+class Notes:
+    """What of some rows is not rows. Plain JSON values."""
+
+    rows: int
+    """Bad ones included."""
+    format: str | None
+    """Of the usable rows, None where there are none."""
+    bad_rows: list[dict[str, Any]]
+    redacted: dict[str, int]
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Some rows of a block."""
+
+    notes: Notes
+    batch: Batch
+
+    def packed(self) -> bytes:
+        notes = json.dumps(asdict(self.notes)).encode()
+        heads = self.batch.heads.tobytes()
+        return b"".join([NOTES.pack(len(notes), len(heads)), notes, heads, self.batch.bodies])
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> "Segment":
+        notes, heads = NOTES.unpack_from(data)
+        begin, end = NOTES.size + notes, NOTES.size + notes + heads
+        return cls(
+            Notes(**json.loads(data[NOTES.size : begin])),
+            Batch(np.frombuffer(data[begin:end], HEAD), data[end:]),
+        )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read: the settings, and what is remembered."""
+
+    format: str
+    columns: dict[str, str] | None = None
+    redact: tuple[str, ...] = ()
+    memo: Memo | None = None
+
+    def segments(self, file: DataFile) -> Iterator[tuple[int, Segment]]:
+        """The line of the file at which a block begins, with each segment of the block.
+
+        Errors: Refused for a file of another kind, Unavailable for one that cannot be read.
+        """
+        found = format_of_file(file, self.format, self.columns)
+        for block in blocks(file):
+            for segment in self._of_block(block, found):
+                yield block.first_line, segment
+
+    def _of_block(self, block: Block, found: str | None) -> Iterator[Segment]:
+        if self.memo is None:
+            yield from self._parsed(block, found)
+            return
+        settings = [self.format, self.columns, list(self.redact)]
+        name = fingerprint({"bytes": block.sha256, "format": found, "settings": settings})
+        if pieces := self.memo.read(name):
+            yield from map(Segment.unpacked, pieces)
+            return
+        with self.memo.write(name) as remember:
+            for segment in self._parsed(block, found):
+                remember(segment.packed())
+                yield segment
+
+    def _parsed(self, block: Block, found: str | None) -> Iterator[Segment]:
+        making = _Making(self.redact)
+        for row in read_block(block, self.format, self.columns, found):
+            making.add(row)
+            if making.is_full():
+                yield making.made()
+                making = _Making(self.redact)
+        yield making.made()
+
+
+class _Making:
+    """A segment in the making."""
+
+    def __init__(self, redact: tuple[str, ...]):
+        self.redact = redact
+        self.rows, self.bytes = 0, 0
+        self.format: str | None = None
+        self.bad_rows: list[dict[str, Any]] = []
+        self.redacted: Counter[str] = Counter()
+        self.description = Description()
+        self.names: list[bytes] = []
+        self.words: list[bytes] = []
+        self.counts: list[int] = []
+        self.lines: list[bytes] = []
+
+    def is_full(self) -> bool:
+        return self.bytes >= SEGMENT_BYTES or self.rows >= SEGMENT_ROWS
+
+    def add(self, row: Chat | BadRow) -> None:
+        self.rows += 1
+        if isinstance(row, BadRow):
+            self.bad_rows.append(asdict(row))
+            self.bytes += len(row.start)
+            return
+        messages = row.messages
+        if self.redact:
+            messages, counts = redacted(messages, self.redact)
+            self.redacted.update(counts)
+        self.format = row.format
+        names = names_of(messages)
+        line = spelled_row(names.group.hex(), names.id.hex(), messages)
+        words = words_of(messages)
+        self.description.add(messages)
+        self.names += [names.group, names.id, names.key, names.prompt[:8], names.talk[:8]]
+        self.words += words
+        self.counts.append(len(words))
+        self.lines.append(line)
+        self.bytes += len(line)
+
+    def made(self) -> Segment:
+        heads: Any = np.zeros(len(self.lines), HEAD)
+        counts = np.array(self.counts, np.int64)
+        words = word_hashes(self.words)
+        names = np.frombuffer(b"".join(self.names), ">u8").reshape(len(heads), 8)
+        for place, name in enumerate(("group", "id", "key")):
+            heads[name] = names[:, 2 * place : 2 * place + 2]
+        heads["prompt"], heads["talk"] = names[:, 6], names[:, 7]
+        heads["words"], heads["line"] = counts, [len(line) for line in self.lines]
+        heads["bands"] = sketches(words, counts)
+        spelled = words.astype("<u4").tobytes()
+        ends = (np.cumsum(counts) * 4).tolist()
+        bodies: list[bytes] = []
+        for begin, end, line in zip([0, *ends], ends, self.lines):
+            bodies += [spelled[begin:end], line]
+        redactions = dict(sorted(self.redacted.items()))
+        notes = Notes(self.rows, self.format, self.bad_rows, redactions, self.description.spelled())
+        return Segment(notes, Batch(heads, b"".join(bodies)))
+
+
+def spelled_row(group: str, id: str, messages: Iterable[dict[str, str]]) -> bytes:
+    """A line of train.jsonl or held_out.jsonl: what json.dumps makes with sorted keys and no escapes, but faster."""
+    turns = ", ".join(
+        [f'{{"content": {encode_basestring(m["content"])}, "role": "{m["role"]}"}}' for m in messages]
+    )
+    return f'{{"group": "{group}", "id": "{id}", "messages": [{turns}]}}\n'.encode()

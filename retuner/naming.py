@@ -1,0 +1,63 @@
+"""Names of conversations: hashes by which the same ones, and those with the same prompt, are known."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
+from typing import NamedTuple
+
+
+class Names(NamedTuple):
+    """16 bytes each. Without a system prompt `prompt` is `group`, and `talk` is `key`."""
+
+    group: bytes
+    """Of all before the first answer, but for case and white space."""
+    id: bytes
+    """Of the exact roles and texts."""
+    key: bytes
+    """Of the whole conversation, but for case and white space."""
+    prompt: bytes
+    """As `group`, whatever the system prompt."""
+    talk: bytes
+    """As `key`, whatever the system prompt."""
+
+
+def names_of(messages: Sequence[dict[str, str]]) -> Names:
+    folded = [f"{turn['role']}\n{' '.join(turn['content'].casefold().split())}" for turn in messages]
+    asked = list(takewhile(lambda turn: not turn.startswith("assistant\n"), folded))
+    exact = _digest([f"{turn['role']}\n{turn['content']}" for turn in messages])
+    group, key = _digest(asked), _digest(folded)
+    if messages[0]["role"] == "system":
+        return Names(group, exact, key, _digest(asked[1:]), _digest(folded[1:]))
+    return Names(group, exact, key, group, key)
+
+
+def chat_id(messages: Sequence[dict[str, str]]) -> str:
+    """32 hex digits that name a conversation by its exact roles and texts."""
+    return names_of(messages).id.hex()
+
+
+def group_of(messages: Sequence[dict[str, str]]) -> str:
+    """32 hex digits that conversations share when, but for case and space, all before an answer is equal."""
+    return names_of(messages).group.hex()
+
+
+def is_held_out(group: str, salt: str, held_out_fraction: float) -> bool:
+    """The side of a group: true for about `held_out_fraction` of all groups, and for ever the same."""
+    return held_out_by_hash([group], salt, held_out_fraction)[0]
+
+
+def held_out_by_hash(groups: Iterable[str], salt: str, held_out_fraction: float) -> list[bool]:
+    """`is_held_out` of each."""
+    start, limit = hashlib.sha256(f"{salt}\0".encode()), math.ceil(held_out_fraction * 2**128)
+    drawn = []
+    for group in groups:
+        salted = start.copy()
+        salted.update(group.encode())
+        drawn.append(salted.digest()[:16])
+    return [int.from_bytes(each) < limit for each in drawn]
+
+
+def _digest(parts: list[str]) -> bytes:
+    # NUL keeps the parts apart: no text of a chat holds one.
+    return hashlib.sha256("\0".join(parts).encode("utf-8")).digest()[:16]

@@ -1,0 +1,175 @@
+"""Near duplicates within train, and train rows that resemble a held-out one: MinHash LSH, then the exact index.
+
+Lee et al., "Deduplicating training data makes language models better" (2022), do the same on documents. One band of
+the sketches is sorted at a time, in slices, so memory stays where it is while rows grow.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from retuner.rows import BANDS, Ordered
+from retuner.sketch import PERMUTATIONS, resemblances
+
+SLICE_ROWS = 2**18
+WINDOW = 8
+"""How many others of its bucket a row is compared with, a band. Larger buckets hold rows made from one pattern: there
+the order differs from band to band, so what is missed in one is met in another."""
+PORTION, PORTION_WORDS = 2**15, 2**19
+SHOWN = 5
+LOW = np.uint64(2**32 - 1)
+
+
+@dataclass
+class Found:
+    """Train rows that share something with held-out ones; the first few with one of these."""
+
+    flags: Any
+    """A bool for every row."""
+    examples: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, train: Any, held_out: Any) -> None:
+        if not len(train):
+            return
+        self.flags[train] = True
+        first = np.argsort(train, kind="stable")[: 8 * SHOWN]
+        least = dict(sorted(zip(train[first].tolist(), held_out[first].tolist()), reverse=True))
+        for row, other in self.examples:
+            least[row] = min(other, least.get(row, other))
+        self.examples = sorted(least.items())[:SHOWN]
+
+
+@dataclass(frozen=True)
+class Near:
+    clusters: Any
+    """Of every train row the least row of its cluster, itself where it has none."""
+    leaks: Found
+
+
+def find_near(rows: Ordered, similarity: float, usable: Any) -> Near:
+    """Looks at usable rows alone. Which pairs are met depends on the rows, not on the order they came in."""
+    parents: Any = np.arange(len(rows), dtype=np.int32)
+    leaks = Found(np.zeros(len(rows), bool))
+    for band in range(BANDS):
+        for keys, members in _buckets(rows, band, usable):
+            train = rows.sides[members] == 0
+            _join_train(rows, band, similarity, keys[train], members[train], parents)
+            _mark_leaks(rows, band, similarity, keys, members, train, leaks)
+    return Near(_roots(parents, np.arange(len(rows))), leaks)
+
+
+def _buckets(rows: Ordered, band: int, usable: Any) -> Iterator[tuple[Any, Any]]:
+    """Keys in order, and the rows that have them; only keys that several have."""
+    slices = 1 + len(rows) // SLICE_ROWS
+    # Within a bucket the order is another one in each band: row times an odd number, modulo 2^32.
+    odd = (0x9E3779B1 * (2 * band + 1)) % 2**32
+    back = np.uint64(pow(odd, -1, 2**32))
+    for number in range(slices):
+        some = []
+        for first, keys in rows.band(band):
+            keys = keys.astype(np.uint64)
+            mine = usable[first : first + len(keys)].copy()
+            if slices > 1:
+                mine &= (keys * np.uint64(slices)) >> np.uint64(32) == number
+            at = np.flatnonzero(mine)
+            some.append((keys[at] << np.uint64(32)) | ((at + first).astype(np.uint64) * np.uint64(odd) & LOW))
+        entries = np.concatenate(some) if some else np.zeros(0, np.uint64)
+        entries.sort()
+        keys = entries >> np.uint64(32)
+        same = keys[1:] == keys[:-1]
+        shared: Any = np.zeros(len(keys), bool)
+        shared[1:] |= same
+        shared[:-1] |= same
+        yield keys[shared], ((entries[shared] & LOW) * back & LOW).astype(np.int64)
+
+
+def _join_train(rows: Ordered, band: int, similarity: float, keys: Any, members: Any, parents: Any) -> None:
+    # Neighbours first: of what they bring together, most other pairs need not be looked at.
+    for distances in (range(1, 2), range(2, WINDOW + 1)):
+        places = [np.flatnonzero(keys[:-distance] == keys[distance:]) for distance in distances]
+        left = members[np.concatenate(places)]
+        right = members[np.concatenate([at + distance for at, distance in zip(places, distances)])]
+        for some in _portions(len(left)):
+            one, other = left[some], right[some]
+            apart = _roots(parents, one) != _roots(parents, other)
+            one, other = _alike(rows, band, similarity, one[apart], other[apart])
+            _join(parents, one, other)
+
+
+def _mark_leaks(
+    rows: Ordered, band: int, similarity: float, keys: Any, members: Any, train: Any, leaks: Found
+) -> None:
+    others, held_out = keys[~train], members[~train]
+    if not len(others):
+        return
+    for distances in (range(1), range(1, WINDOW)):
+        at = np.flatnonzero(train & ~leaks.flags[members])
+        low: Any = np.searchsorted(others, keys[at])
+        high: Any = np.searchsorted(others, keys[at], "right")
+        for some in _portions(len(at)):
+            for distance in distances:
+                more = (high[some] - low[some] > distance) & ~leaks.flags[members[at[some]]]
+                row, begin, end = members[at[some]][more], low[some][more], high[some][more]
+                other = held_out[begin + (row + distance) % (end - begin)]
+                leaks.add(*_alike(rows, band, similarity, row, other))
+
+
+def _alike(rows: Ordered, band: int, similarity: float, left: Any, right: Any) -> tuple[Any, Any]:
+    """Those of the pairs that reach the similarity, without those that an earlier band has brought together already.
+
+    The sketches are looked at first, so that the words of few pairs have to be.
+    """
+    numbers, places = np.unique(np.concatenate([left, right]), return_inverse=True)
+    one, other = np.split(places, 2)
+    sketches = rows.sketches(numbers)
+    first = (sketches[one] == sketches[other]).argmax(1) == band
+    one, other, left, right = one[first], other[first], left[first], right[first]
+    as_bytes = sketches.view(np.uint8)
+    # Different pairs of words agree in a byte once in 256; two standard deviations of the estimate are let pass.
+    agree = (as_bytes[one] == as_bytes[other]).mean(1) * (256 / 255) - 1 / 255
+    likely = agree > similarity - 2 * 0.5 / PERMUTATIONS**0.5
+    left, right = left[likely], right[likely]
+    found = [_resemblances(rows, left[some], right[some]) for some in _portions_by_words(rows, left, right)]
+    alike = np.concatenate([*found, np.zeros(0)]) >= similarity
+    return left[alike], right[alike]
+
+
+def _resemblances(rows: Ordered, left: Any, right: Any) -> Any:
+    numbers, places = np.unique(np.concatenate([left, right]), return_inverse=True)
+    return resemblances(*rows.words(numbers), *np.split(places, 2))
+
+
+def _portions(count: int) -> Iterator[slice]:
+    return (slice(first, first + PORTION) for first in range(0, count, PORTION))
+
+
+def _portions_by_words(rows: Ordered, left: Any, right: Any) -> Iterator[slice]:
+    words = np.cumsum(rows.word_counts(left) + rows.word_counts(right) + 1)
+    first = 0
+    while first < len(left):
+        done = words[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(words, done + PORTION_WORDS)))
+        yield slice(first, last)
+        first = last
+
+
+def _roots(parents: Any, rows: Any) -> Any:
+    found = parents[rows]
+    while True:
+        above = parents[found]
+        if (above == found).all():
+            return found
+        found = above
+
+
+def _join(parents: Any, left: Any, right: Any) -> None:
+    """Union-find on arrays: a root hangs under a lesser one until each pair has the same."""
+    while True:
+        one, other = _roots(parents, left), _roots(parents, right)
+        apart = one != other
+        if not apart.any():
+            parents[left], parents[right] = one, one
+            return
+        np.minimum.at(parents, np.maximum(one, other)[apart], np.minimum(one, other)[apart])

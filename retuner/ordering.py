@@ -1,0 +1,92 @@
+"""Rows in their final order, without duplicates, each on its side."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retuner.rows import Batch, Ordered, Parted
+
+
+@dataclass
+class Duplicates:
+    exact: int = 0
+    """The same roles and texts, byte for byte."""
+    folded: int = 0
+    """The same but for case and white space."""
+
+
+def order(
+    parted: Parted, rows: Ordered, out: Path, held_out: Callable[[list[str]], list[bool]]
+) -> Duplicates:
+    """Writes train.jsonl and held_out.jsonl by group, then id. Of duplicates the one with the least id stays.
+
+    Duplicates share a group, so they meet in their part, and no order of reading matters.
+    """
+    dropped, written = Duplicates(), [0, 0]
+    with (out / "train.jsonl").open("wb") as train, (out / "held_out.jsonl").open("wb") as other:
+        for batch in parted.parts():
+            batch = _without_duplicates(batch, dropped)
+            sides = _sides(batch, held_out)
+            for side, file in enumerate((train, other)):
+                mine = sides == side
+                lengths = batch.heads["line"][mine].astype(np.int64)
+                batch.heads["place"][mine] = written[side] + np.cumsum(lengths) - lengths
+                written[side] += file.write(batch.lines(mine))
+            rows.add(batch, sides)
+    return dropped
+
+
+def drop(path: Path, rows: Ordered, removed: Any) -> None:
+    """Write train.jsonl anew, without the rows that are flagged."""
+    draft = path.with_name(f".{path.name}")
+    with path.open("rb") as source, draft.open("wb") as target:
+        for first, heads in rows.heads():
+            last = first + len(heads)
+            train = rows.sides[first:last] == 0
+            heads, gone = heads[train], removed[first:last][train]
+            if not len(heads):
+                continue
+            data = source.read(int(heads["line"].sum(dtype=np.int64)))
+            ends = np.cumsum(heads["line"], dtype=np.int64)
+            for begin, end, away in zip([0, *ends.tolist()], ends.tolist(), gone.tolist()):
+                if not away:
+                    target.write(memoryview(data)[begin:end])
+    draft.replace(path)
+
+
+def groups(rows: Ordered, which: Any) -> int:
+    """How many different groups the flagged rows have."""
+    count, before = 0, None
+    for first, heads in rows.heads():
+        group = heads["group"][which[first : first + len(heads)]]
+        if not len(group):
+            continue
+        count += int((group[1:] != group[:-1]).any(1).sum()) + int(
+            before is None or (group[0] != before).any()
+        )
+        before = group[-1].copy()
+    return count
+
+
+def _without_duplicates(batch: Batch, dropped: Duplicates) -> Batch:
+    heads = batch.heads
+    group, id, key = heads["group"], heads["id"], heads["key"]
+    by_key = np.lexsort((id[:, 1], id[:, 0], key[:, 1], key[:, 0], group[:, 1], group[:, 0]))
+    again = (key[by_key][1:] == key[by_key][:-1]).all(1)
+    same = again & (id[by_key][1:] == id[by_key][:-1]).all(1)
+    dropped.exact += int(same.sum())
+    dropped.folded += int(again.sum() - same.sum())
+    kept = by_key[np.concatenate([[True], ~again])]
+    group, id = group[kept], id[kept]
+    return batch.take(kept[np.lexsort((id[:, 1], id[:, 0], group[:, 1], group[:, 0]))])
+
+
+def _sides(batch: Batch, held_out: Callable[[list[str]], list[bool]]) -> Any:
+    group = batch.heads["group"]
+    begins = np.flatnonzero(np.concatenate([[True], (group[1:] != group[:-1]).any(1)]))
+    spelled = group[begins].astype(">u8").tobytes().hex()
+    sides = held_out([spelled[at : at + 32] for at in range(0, len(spelled), 32)])
+    return np.repeat(np.array(sides, np.uint16), np.diff(begins, append=len(group)))

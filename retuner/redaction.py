@@ -1,0 +1,180 @@
+"""Personal data and secrets, replaced in texts by marks such as [EMAIL]. The original stays in the source only.
+
+What is found must look like nothing else: an order number, a price or a date that lost its digits would spoil the
+data, so numbers count as phones or cards only when their form or their check digit says so.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
+
+KINDS = ("secret", "email", "card", "phone")
+"""In the order in which they are looked for: a password in an address, then the address, then numbers."""
+MARKS = {kind: f"[{kind.upper()}]" for kind in KINDS}
+
+_EMAIL = re.compile(r"(?<![\w.+-])[\w.%+-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?![\w-])")
+# The lengths that issuers use (ISO/IEC 7812 and their own pages), in groups as on the card or in none.
+_CARD = re.compile(
+    r"(?<![\w.,$€£#-])(?:"
+    r"(?:4\d{3}|5[1-5]\d\d|2[2-7]\d\d|6\d{3})(?:([ -])\d{4}\1\d{4}\1\d{4}|\d{12}(?:\d{3})?)"
+    r"|3[47]\d\d(?:([ -])\d{6}\2\d{5}|\d{11})"
+    r"|3[068]\d\d(?:([ -])\d{6}\3\d{4}|\d{10})"
+    r")(?![\w-]|[.,]\d)"
+)
+# With a country's code, or in the groups in which people write numbers inside their country.
+_PHONE = re.compile(
+    r"(?<![\w.,$€£#/+-])(?:"
+    r"(?:\+|00[ -]?(?=[1-9]))\d[\d ().\-/]{5,22}\d"
+    r"|(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[.-]\d{4}"
+    r"|\(?0\d{1,4}\)?(?:[ /-]{1,3}\d{2,8}){1,4}"
+    r")(?![\w-]|[.,]\d)"
+)
+_DATE = re.compile(r"\d{1,2}[ /.-]\d{1,2}[ /.-](?:\d\d\Z|\d{4}(?!\d))")
+_LEAST_DIGITS = 9
+# Where a number inside the country begins with 0.
+_REGIONS = ("DE", "GB", "FR", "NL", "BE", "AT", "CH", "IT", "SE", "AU", "NZ", "IN", "JP", "ZA")
+_SOME_DIGITS = re.compile(r"(?:\d\D{0,3}){7}")
+# detect-secrets finds the first line of a private key and the first half of a JSON Web Token (RFC 7519): these
+# take the whole. The next is RFC 6750's header; Anthropic's and Google's keys by their documented beginnings.
+_OWN_SECRETS = (
+    r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----[\s\S]*?"
+    r"(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|\Z)",
+    r"\beyJ[\w-]{8,}=*\.eyJ[\w-]{8,}=*(?:\.[\w+/=-]*)?",
+    r"(?i)\bbearer ([\w.~+/-]{20,}=*)",
+    r"\bsk-ant-[\w-]{20,}",
+    r"\bsk-(?:proj-)?[A-Za-z0-9_-]{40,}",
+    r"\bAIza[\w-]{35}\b",
+)
+# Of detect-secrets those whose pattern has a beginning of its own. Left out are those that need the name of a
+# variable beside the value, or measure entropy: in prose they take words for secrets.
+_DETECTORS = {
+    "artifactory": "ArtifactoryDetector",
+    "aws": "AWSKeyDetector",
+    "azure_storage_key": "AzureStorageKeyDetector",
+    "basic_auth": "BasicAuthDetector",
+    "discord": "DiscordBotTokenDetector",
+    "github_token": "GitHubTokenDetector",
+    "gitlab_token": "GitLabTokenDetector",
+    "mailchimp": "MailchimpDetector",
+    "npm": "NpmDetector",
+    "openai": "OpenAIDetector",
+    "pypi_token": "PypiTokenDetector",
+    "sendgrid": "SendGridDetector",
+    "slack": "SlackDetector",
+    "square_oauth": "SquareOAuthDetector",
+    "stripe": "StripeDetector",
+    "telegram_token": "TelegramBotTokenDetector",
+    "twilio": "TwilioKeyDetector",
+}
+_GROUP_IS_SECRET = {"AWSKeyDetector", "BasicAuthDetector"}
+
+
+class Span(NamedTuple):
+    begin: int
+    end: int
+
+
+def redacted(
+    messages: Sequence[dict[str, str]], kinds: Sequence[str]
+) -> tuple[tuple[dict[str, str], ...], Counter[str]]:
+    """The messages with marks for what `kinds` name, and how many of each were set."""
+    counts: Counter[str] = Counter()
+    made = []
+    for turn in messages:
+        text = turn["content"]
+        for kind in KINDS:
+            if kind in kinds:
+                text, count = _marked(text, FINDERS[kind](text), MARKS[kind])
+                counts[kind] += count
+        made.append({**turn, "content": text})
+    return tuple(made), +counts
+
+
+def _marked(text: str, spans: Iterator[Span], mark: str) -> tuple[str, int]:
+    pieces, at, count = [], 0, 0
+    for begin, end in sorted(spans):
+        if begin >= at:
+            pieces += [text[at:begin], mark]
+            count += 1
+        at = max(at, end)
+    return "".join([*pieces, text[at:]]), count
+
+
+def _emails(text: str) -> Iterator[Span]:
+    if "@" in text:
+        for match in _EMAIL.finditer(text):
+            yield Span(*match.span())
+
+
+def _cards(text: str) -> Iterator[Span]:
+    if _SOME_DIGITS.search(text):
+        for match in _CARD.finditer(text):
+            if _passes_luhn(match[0]):
+                yield Span(*match.span())
+
+
+def _passes_luhn(text: str) -> bool:
+    """The check digit of ISO/IEC 7812-1, annex B."""
+    digits = [int(sign) for sign in text if sign.isdecimal()]
+    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
+    return len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+
+
+def _phones(text: str) -> Iterator[Span]:
+    if _SOME_DIGITS.search(text):
+        for match in _PHONE.finditer(text):
+            if _is_phone(match):
+                yield Span(*match.span())
+
+
+def _is_phone(match: re.Match[str]) -> bool:
+    import phonenumbers
+
+    text = match[0]
+    digits = re.sub(r"\D", "", text)
+    if _DATE.match(text) or len(digits) < _LEAST_DIGITS:
+        return False
+    if text.startswith(("+", "00")):
+        return _valid("+" + digits.removeprefix("00"), None)
+    if text.startswith(("0", "(0")):
+        return any(_valid(text, region) for region in _REGIONS)
+    # 555 numbers are nobody's and still look like somebody's, so here the form is enough.
+    return phonenumbers.is_possible_number(phonenumbers.parse(text, "US"))
+
+
+def _valid(text: str, region: str | None) -> bool:
+    import phonenumbers
+
+    try:
+        return phonenumbers.is_valid_number(phonenumbers.parse(text, region))
+    except phonenumbers.NumberParseException:
+        return False
+
+
+def _secrets(text: str) -> Iterator[Span]:
+    for pattern, group in _secret_patterns():
+        for match in pattern.finditer(text):
+            if match[group]:
+                yield Span(*match.span(group))
+
+
+@cache
+def _secret_patterns() -> tuple[tuple[re.Pattern[str], int], ...]:
+    """Patterns, and which group of each is the secret. They alone are used: nothing asks whether a key is live."""
+    from importlib import import_module
+
+    found = [(pattern, pattern.groups) for pattern in map(re.compile, _OWN_SECRETS)]
+    for module, name in _DETECTORS.items():
+        for pattern in getattr(import_module(f"detect_secrets.plugins.{module}"), name).denylist:
+            found.append((pattern, pattern.groups if name in _GROUP_IS_SECRET else 0))
+    return tuple(found)
+
+
+FINDERS: dict[str, Callable[[str], Iterator[Span]]] = {
+    "secret": _secrets,
+    "email": _emails,
+    "card": _cards,
+    "phone": _phones,
+}

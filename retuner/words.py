@@ -1,0 +1,243 @@
+"""Token ids of texts, with each distinct word tokenised once, and exact.
+
+A text is cut into *units* before every space that does not follow white space, so that a unit is a space and the
+word behind it. That gives the ids of the whole text only where no token can reach over such a place. Two kinds of
+tokenizer are recognised for which this is a theorem; any other has whole texts as its units.
+
+**BPE over text in which spaces are written as ▁** (Llama 2, Phi-3): no pre-tokenizer, and a normalizer that
+replaces ` ` by `▁`, after putting one `▁` before the text or not. Such a tokenizer merges pairs of neighbours, the
+pair of lowest rank first. Merging over the cut would make a piece in which ▁ follows another character, and there is
+none in the vocabulary, which holds the result of every merge. So no merge reaches over a cut, and what happens on one
+side of it (which pairs there are and which ranks they have) never depends on the other side. Single characters
+without a piece become bytes, all 256 of which have one, so no unknown token spans the cut either. (A ▁ that
+stands in the text itself counts as white space here.) The ▁ before the text is a space before its first word.
+
+**Byte-level BPE behind GPT-2's pattern** `'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+`
+(SmolLM2, where `Digits` cut out every digit before): each match is white space only, or has white space at
+its beginning only. So no match runs from a non-space into a space, and a match begins at every cut. What is left of it
+matches as it would alone, because the one look-ahead asks what follows white space, and left of a cut there is
+none; what is right of it does, because the pattern never looks back. BPE then works inside single matches.
+
+`tests/test_words.py` holds both against the tokenizers themselves, and so does every `Words` with the first texts that
+it gets.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any
+
+from retuner.errors import Refused
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# What `\s` and char::is_whitespace mean in Rust, where the tokenizer strips around control tokens. Python's
+# str.strip() takes \x1c to \x1f too.
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+
+SPACE = "▁"
+NOT_BEFORE_A_CUT = frozenset(
+    {*WHITE_SPACE, *map(chr, range(0x20)), "\x7f", "\u180e", "\u200b", "\ufeff", SPACE}
+)
+"""More than white space: what any engine might take for it."""
+
+CHECKED_TEXTS = 256
+"""How many of the first texts are tokenised whole too, for comparison."""
+MOST_UNITS = 400_000
+MOST_UNIT_BYTES = 32 << 20
+"""Above either, all units are forgotten before the next texts, so that memory is bounded."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How texts become units, and who tokenises those."""
+
+    tokenizer: Any
+    cuts: bool
+    lead: str = ""
+    """Goes before every text that is not empty."""
+
+
+def provable_rule(plain: Any) -> Rule:
+    """The finest rule that is exact for `plain`, a tokenizers.Tokenizer without added tokens."""
+    from tokenizers import Tokenizer, normalizers
+    from tokenizers.models import BPE
+
+    whole = Rule(plain, cuts=False)
+    model = plain.model
+    if not isinstance(model, BPE) or model.dropout is not None:
+        return whole
+    if model.continuing_subword_prefix or model.end_of_word_suffix:
+        return whole
+    normalizer, pre_tokenizer = _spelled(plain.normalizer), _spelled(plain.pre_tokenizer)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    if normalizer == [] and pre_tokenizer in ([byte_level], [digits, byte_level]):
+        return Rule(plain, cuts=True)
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    if pre_tokenizer == [] and normalizer in ([replace], [prepend, replace]):
+        vocabulary = plain.get_vocab()
+        all_bytes = all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+        reaches_over = any(re.search(f"[^{SPACE}]{SPACE}", piece, re.DOTALL) for piece in vocabulary)
+        # With ignore_merges a text that is a piece as a whole is never merged, and a unit of it may be.
+        if model.byte_fallback and all_bytes and not reaches_over and not model.ignore_merges:
+            units = Tokenizer(model)
+            units.normalizer = normalizers.Replace(" ", SPACE)
+            return Rule(units, cuts=True, lead=" " if prepend in normalizer else "")
+    return whole
+
+
+def _spelled(part: Any) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as the list of its steps, less what only concerns offsets."""
+    if part is None:
+        return []
+    spelled = json.loads(part.__getstate__())
+    steps = spelled.get("normalizers" if "normalizers" in spelled else "pretokenizers", [spelled])
+    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+
+
+class Words:
+    """Every distinct unit's ids, kept once. A *code* stands for a unit or a control token until the next `codes`."""
+
+    def __init__(self, plain: Any, controls: Mapping[int, str], rule: Rule | None = None):
+        """`controls`: the texts of the added tokens by id; no text ever gets one of these ids."""
+        self.plain = plain
+        self.rule = rule or provable_rule(plain)
+        self.controls = dict(sorted(controls.items()))
+        self._to_check = CHECKED_TEXTS if self.rule.cuts else 0
+        self._forget()
+
+    def _forget(self) -> None:
+        import numpy as np
+
+        self._code_of: dict[bytes, int] = {}
+        self._unit_bytes = 0
+        self._ids = np.array(list(self.controls), np.int32)
+        self._starts = np.arange(len(self.controls))
+        self._lengths = np.ones(len(self.controls), np.int64)
+
+    def control_codes(self, ids: "NDArray[Any]") -> "NDArray[Any]":
+        """The codes of control tokens."""
+        import numpy as np
+
+        return np.searchsorted(self._ids[: len(self.controls)], ids)
+
+    def codes(self, texts: Sequence[str]) -> tuple["NDArray[Any]", "NDArray[Any]"]:
+        """The units of all texts in order, as codes, and how many there are of each text.
+
+        Errors: Refused when a text has a character that becomes a control token; UnicodeEncodeError for half a character.
+        """
+        import numpy as np
+
+        if len(self._code_of) > MOST_UNITS or self._unit_bytes > MOST_UNIT_BYTES:
+            self._forget()
+        codes, counts = self._look_up(texts)
+        if self._to_check:
+            checked = texts[: self._to_check]
+            self._to_check -= len(checked)
+            whole = self.plain.encode_batch_fast(list(checked), add_special_tokens=False)
+            ids = list(chain.from_iterable(encoding.ids for encoding in whole))
+            if not np.array_equal(self.ids(codes[: counts[: len(checked)].sum()]), ids):
+                self.rule, self._to_check = Rule(self.plain, cuts=False), 0
+                self._forget()
+                return self._look_up(texts)
+        return codes, counts
+
+    def lengths(self, codes: "NDArray[Any]") -> "NDArray[Any]":
+        """Tokens of each unit."""
+        return self._lengths[codes]
+
+    def ids(self, codes: "NDArray[Any]") -> "NDArray[Any]":
+        """The tokens of all units, one after the other, int32."""
+        import numpy as np
+
+        lengths = self._lengths[codes]
+        ends = np.cumsum(lengths)
+        places = np.repeat(self._starts[codes] - ends + lengths, lengths)
+        places += np.arange(len(places))
+        return self._ids[places]
+
+    def _look_up(self, texts: Sequence[str]) -> tuple["NDArray[Any]", "NDArray[Any]"]:
+        import numpy as np
+        import pyarrow as pa
+
+        lead = self.rule.lead
+        # Not pa.array, to_pylist and to_numpy: they import pandas.
+        spelled = [(lead + text).encode() if text else b"" for text in texts]
+        offsets = np.cumsum([0, *map(len, spelled)])
+        data = np.frombuffer(b"".join(spelled), np.uint8)
+        if not len(data):
+            return np.zeros(0, np.int64), np.zeros(len(texts), np.int64)
+        starts = self._unit_starts(data, offsets)
+        bounds = np.append(starts, len(data))
+        buffers = [None, pa.py_buffer(bounds), pa.py_buffer(data)]
+        distinct = pa.Array.from_buffers(pa.large_binary(), len(starts), buffers).dictionary_encode()
+        _, bounds, letters = distinct.dictionary.buffers()
+        ends, letters = np.frombuffer(bounds, np.int64).tolist(), letters.to_pybytes()
+        units = [letters[start:end] for start, end in pairwise(ends[: len(distinct.dictionary) + 1])]
+        indices = np.frombuffer(distinct.indices.buffers()[1], np.int32)[: len(starts)]
+        return self._codes_of(units)[indices], np.diff(np.searchsorted(starts, offsets))
+
+    def _unit_starts(self, data: "NDArray[Any]", offsets: "NDArray[Any]") -> "NDArray[Any]":
+        import numpy as np
+
+        text_starts = offsets[:-1][offsets[:-1] < offsets[1:]]
+        if not self.rule.cuts:
+            return text_starts
+        spaces = np.flatnonzero(data == ord(" "))
+        starts = np.zeros(len(data), np.bool_)
+        starts[spaces[_may_cut(data, spaces)]] = True
+        starts[text_starts] = True
+        return np.flatnonzero(starts)
+
+    def _codes_of(self, units: list[bytes]) -> "NDArray[Any]":
+        import numpy as np
+
+        new = [unit for unit in units if unit not in self._code_of]
+        if new:
+            texts = [unit.decode() for unit in new]
+            encodings = self.rule.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            ids = [encoding.ids for encoding in encodings]
+            flat = np.fromiter(chain.from_iterable(ids), np.int32)
+            if (found := np.isin(flat, list(self.controls))).any():
+                control = int(flat[found][0])
+                text = next(text for text, its in zip(texts, ids, strict=True) if control in its)
+                raise Refused(
+                    f"the tokenizer turns plain text into its control token {self.controls[control]!r}: {text[:60]!r}",
+                    "a tokenizer with a token for every character, as byte-level and byte-fallback ones have",
+                    "take the characters out that it does not know, or use another base",
+                )
+            lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+            first = len(self._lengths)
+            self._starts = np.append(self._starts, len(self._ids) + np.cumsum(lengths) - lengths)
+            self._lengths = np.append(self._lengths, lengths)
+            self._ids = np.append(self._ids, flat)
+            self._code_of.update(zip(new, range(first, first + len(new)), strict=True))
+            self._unit_bytes += sum(map(len, new))
+        return np.fromiter(map(self._code_of.__getitem__, units), np.int64, len(units))
+
+
+def _may_cut(data: "NDArray[Any]", spaces: "NDArray[Any]") -> "NDArray[Any]":
+    """Whether the character before each space is none of NOT_BEFORE_A_CUT. What stands before the first byte of
+    `data` does not matter: a unit begins there anyway."""
+    import numpy as np
+
+    codes = [int.from_bytes(char.encode(), "big") for char in NOT_BEFORE_A_CUT]
+    clear = np.ones(256, np.bool_)
+    clear[[code & 0xFF for code in codes]] = False
+    last = data[spaces - 1]
+    may = clear[last]
+    # A last byte that characters of two or three bytes share with one of those: look at all of it.
+    doubtful = np.flatnonzero(~may & (last >= 0x80))
+    if len(doubtful):
+        at = spaces[doubtful]
+        one, two, three = (data[np.maximum(at - back, 0)].astype(np.int64) for back in (1, 2, 3))
+        pair = two << 8 | one
+        may[doubtful] = ~(np.isin(pair, codes) | np.isin(three << 16 | pair, codes))
+    return may
