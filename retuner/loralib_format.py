@@ -83,14 +83,14 @@ def from_loralib(
     for path, value in biases.items():
         tensors[f"{PREFIX}{path}.{'base_layer.bias' if path in pairs else 'bias'}"] = value
 
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    common_rank, common_alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
     config = LoraConfig(
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
-        r=rank,
-        lora_alpha=alpha,
+        r=common_rank,
+        lora_alpha=common_alpha,
         target_modules=target_names(pairs, (path for path in modules if kind_of_layer(modules[path]))),
-        rank_pattern={exactly(path): value for path, value in ranks.items() if value != rank},
-        alpha_pattern={exactly(path): value for path, value in alphas.items() if value != alpha},
+        rank_pattern={exactly(path): value for path, value in ranks.items() if value != common_rank},
+        alpha_pattern={exactly(path): value for path, value in alphas.items() if value != common_alpha},
         bias=settings.bias,
         fan_in_fan_out=any(kind_of_layer(modules[path]) == "Conv1D" for path in pairs),
         inference_mode=True,
@@ -116,7 +116,8 @@ def to_loralib(
             f"some of {', '.join(sorted({path.rpartition('.')[2] for path in lora.layers}))}",
             "correct enable_lora",
         )
-    state, ranks, alphas = {}, {}, {}
+    state: dict[str, Any] = {}
+    ranks, alphas = {}, {}
     for path, layer in lora.layers.items():
         if path not in modules:
             raise Refused(f"the adapter is on {path}, which the base does not have", "the adapter's own base")
