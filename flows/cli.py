@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.data import data_app
+from flows.export import export, import_app
 from flows.options import AsJson, Because, Debug, ModelName, Overrides, ParamsFile, Version, print_json
 from retuner.errors import Refused, RetunerError
 from retuner.runtime import load_runtime, person
@@ -21,6 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(import_app, name="import")
+app.command()(export)
 
 
 @app.callback()

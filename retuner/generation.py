@@ -108,7 +108,7 @@ def adapter_on(model: Any, folder: Path | None) -> Iterator[None]:
     biases = {
         name: value.detach().clone() for name, value in model.named_parameters() if name.endswith("bias")
     }
-    adapted = _put_on(model, folder)
+    adapted = put_on(model, folder)
     try:
         yield
     finally:
@@ -130,7 +130,7 @@ class Answerer:
         self.model, self.tokenizer = load(base_dir, precision, attention, device)
         self.renderer = Renderer(self.tokenizer)
         if adapter_dir is not None:
-            _put_on(self.model, adapter_dir)
+            put_on(self.model, adapter_dir)
 
     def answer(self, messages: Sequence[dict[str, str]], max_new_tokens: int) -> str:
         """Errors: Refused for a conversation the template or the context has no place for."""
@@ -171,7 +171,7 @@ def decode(tokenizer: Any, answers: Sequence[Sequence[int]]) -> list[str]:
     ]
 
 
-def _put_on(model: Any, folder: Path) -> Any:
+def put_on(model: Any, folder: Path) -> Any:
     """The PeftModel whose layers now lie inside `model`."""
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
