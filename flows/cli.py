@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.params_verbs import params_app
 from retuner.errors import Refused, RetunerError
 from retuner.runtime import load_runtime, person
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at the data before it is trained on.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(params_app, name="params")
 
 ParamsFile = Annotated[Path, typer.Argument(help="A file such as params/quickstart.yaml.")]
 Overrides = Annotated[
