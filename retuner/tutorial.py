@@ -21,7 +21,6 @@ from retuner.tutorial_table import (
     GONE,
     MAX_TOKENS,
     OTHERWISE,
-    PACK_TOKENS,
     PACKING,
     PINNED,
     SFT_DEFAULTS,
@@ -129,7 +128,7 @@ class _Book:
 
     def _set(self, rule: Rule, value: Any) -> None:
         path = rule.to or ""
-        if path != WARMUP_STEPS and not self.sheet.has(path):
+        if path not in (WARMUP_STEPS, PACKING) and not self.sheet.has(path):
             self._amend(-1, "refused", why=f"Retuner has no such setting as {path}", do="leave it out")
             return
         if path in self.values and self.values[path] != value:
@@ -174,8 +173,7 @@ class _Book:
             self._amend(self.said_by["train.warmup_fraction"], "changed", became="train.warmup_fraction: 0.0",
                         why="the schedule constant has no warm-up, there neither")  # fmt: skip
             self.values["train.warmup_fraction"] = 0.0
-        self.values[PACK_TOKENS] = self.values[MAX_TOKENS]
-        self.notes[PACK_TOKENS] = "as long as the longest row" if self.values[PACKING] else "not used"
+        self._pack()
         self.values["template.too_long"] = "truncate"
         self.notes["template.too_long"] = "as theirs does; a row that loses every answer is reported"
         self.values["evaluate.metrics"] = ["rouge_l"]
@@ -196,6 +194,19 @@ class _Book:
         else:
             self._amend(index, "refused", became="", why="warm-up is a share of the steps here, and how many "
                         "there are is not known yet", do="write it as warmup_ratio")  # fmt: skip
+
+    def _pack(self) -> None:
+        """Packs are as long as the longest row may be, as theirs are."""
+        packed = bool(self.values.pop(PACKING, False))
+        settings = {"train.packing": packed, "train.pack_tokens": self.values[MAX_TOKENS]}
+        if self.sheet.has("template.pack_tokens"):
+            settings = {"template.pack_tokens": self.values[MAX_TOKENS] if packed else None}
+        first = next(iter(settings))
+        if PACKING in self.said_by:
+            index = self.said_by[first] = self.said_by.pop(PACKING)
+            self._amend(index, became=f"{first}: {spelled(settings[first])}")
+        self.values |= settings
+        self.notes["train.pack_tokens"] = "as long as the longest row" if packed else "not used"
 
     def _quantize(self) -> None:
         parts = {path: path.rpartition(".")[2] for path in self.values if path.startswith(f"{QUANTIZATION}.")}

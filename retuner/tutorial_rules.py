@@ -90,8 +90,14 @@ def of_phi3(value: Any) -> bool:
 
 
 def fused(names: list[str]) -> list[str]:
-    wanted = {FUSED.get(name, name) for name in names}
-    return [name for name in PROJECTIONS if name in wanted]
+    """Phi-3's name where it or all parts of its layer are named; other parts keep theirs, for `train` to find."""
+
+    def is_whole(layer: str) -> bool:
+        parts = {part for part, holder in FUSED.items() if holder == layer}
+        return layer in names or bool(parts and parts <= set(names))
+
+    whole = [layer for layer in PROJECTIONS if is_whole(layer)]
+    return whole + [name for name in names if FUSED.get(name, name) not in whole]
 
 
 def plain_dtype(value: Any) -> str:

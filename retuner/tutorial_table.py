@@ -27,9 +27,9 @@ from retuner.tutorial_rules import (
     row,
 )
 
-PACKING, PACK_TOKENS, MAX_TOKENS = "train.packing", "train.pack_tokens", "template.max_tokens"
-WARMUP_STEPS = "warm-up steps"
-"""Not a setting: turned into train.warmup_fraction once the number of steps is known."""
+MAX_TOKENS = "template.max_tokens"
+WARMUP_STEPS, PACKING = "warm-up steps", "packing"
+"""No settings, but turned into some: train.warmup_fraction, once the number of steps is known, and the pack's length."""
 
 PINNED = {"microsoft/Phi-3-mini-4k-instruct": "f39ac1d28e925b323eae81227eaba4464caced4e"}
 """Commits of bases whose files say nothing of one."""
@@ -257,7 +257,7 @@ TABLE: tuple[Entry, ...] = (
     row("peft", "use_dora", keep("train.lora.dora", only=one_of(True, False))),
     row("peft", "target_modules lora_target_modules", keep("train.lora.targets", only=one_of("all-linear")),
          Rule("changed", "Phi-3 has q, k, v in qkv_proj and gate, up in gate_up_proj; PEFT would pass over the "
-              "names it lacks and adapt the rest only, or nothing", "train.lora.targets", fused,
+              "parts' names and adapt the rest only, or nothing", "train.lora.targets", fused,
               lambda v: is_llama(v) and of_phi3(v)),
          keep("train.lora.targets", only=of_phi3),
          refuse("names what Phi-3 does not have, or cannot be adapted",
@@ -331,7 +331,6 @@ THEIR_DEFAULTS: dict[str, Any] = {
     "train.attention": "sdpa",
     "train.max_steps": None,
     "train.epochs": 3.0,
-    PACKING: False,
     MAX_TOKENS: 1024,
     "train.batch_size": 8,
     "train.gradient_accumulation": 1,
