@@ -173,7 +173,7 @@ class _Book:
             self._amend(self.said_by["train.warmup_fraction"], "changed", became="train.warmup_fraction: 0.0",
                         why="the schedule constant has no warm-up, there neither")  # fmt: skip
             self.values["train.warmup_fraction"] = 0.0
-        self._pack()
+        silent |= self._pack()
         self.values["template.too_long"] = "truncate"
         self.notes["template.too_long"] = "as theirs does; a row that loses every answer is reported"
         self.values["evaluate.metrics"] = ["rouge_l"]
@@ -195,8 +195,8 @@ class _Book:
             self._amend(index, "refused", became="", why="warm-up is a share of the steps here, and how many "
                         "there are is not known yet", do="write it as warmup_ratio")  # fmt: skip
 
-    def _pack(self) -> None:
-        """Packs are as long as the longest row may be, as theirs are."""
+    def _pack(self) -> dict[str, Any]:
+        """Packs are as long as the longest row may be, as theirs are. Returns what their silence decides."""
         packed = bool(self.values.pop(PACKING, False))
         settings = {"train.packing": packed, "train.pack_tokens": self.values[MAX_TOKENS]}
         if self.sheet.has("template.pack_tokens"):
@@ -207,6 +207,7 @@ class _Book:
             self._amend(index, became=f"{first}: {spelled(settings[first])}")
         self.values |= settings
         self.notes["train.pack_tokens"] = "as long as the longest row" if packed else "not used"
+        return {} if first in self.said_by else {first: settings[first]}
 
     def _quantize(self) -> None:
         parts = {path: path.rpartition(".")[2] for path in self.values if path.startswith(f"{QUANTIZATION}.")}

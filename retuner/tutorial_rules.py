@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from retuner.lora import FUSED
-
 Verdict = Literal["kept", "changed", "refused"]
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Phi-3's fused layers, to what Llama calls their parts."""
+FUSED = {part: layer for layer, parts in PARTS.items() for part in parts}
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,7 @@ def fused(names: list[str]) -> list[str]:
     """Phi-3's name where it or all parts of its layer are named; other parts keep theirs, for `train` to find."""
 
     def is_whole(layer: str) -> bool:
-        parts = {part for part, holder in FUSED.items() if holder == layer}
-        return layer in names or bool(parts and parts <= set(names))
+        return layer in names or (layer in PARTS and set(PARTS[layer]) <= set(names))
 
     whole = [layer for layer in PROJECTIONS if is_whole(layer)]
     return whole + [name for name in names if FUSED.get(name, name) not in whole]

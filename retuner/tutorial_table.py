@@ -29,7 +29,7 @@ from retuner.tutorial_rules import (
 
 MAX_TOKENS = "template.max_tokens"
 WARMUP_STEPS, PACKING = "warm-up steps", "packing"
-"""No settings, but turned into some: train.warmup_fraction, once the number of steps is known, and the pack's length."""
+"""No settings, but turned into some: a fraction, once the number of steps is known, and the length of a pack."""
 
 PINNED = {"microsoft/Phi-3-mini-4k-instruct": "f39ac1d28e925b323eae81227eaba4464caced4e"}
 """Commits of bases whose files say nothing of one."""

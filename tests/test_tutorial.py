@@ -337,11 +337,8 @@ def test_json_yaml_and_python_say_the_same(tmp_path):
     )
     flat = json.dumps({key: item for value in held.values() for key, item in value.items()}, indent="\t")
     files = {"a.py": python, "a.yaml": yaml, "a.json": DICTS.read_text()}
-    assert len({loaded(translated(tmp_path, text, name), tmp_path) for name, text in files.items()}) == 1
-    assert (
-        len({loaded(translated(tmp_path, text, "a.json"), tmp_path) for text in (flat, DICTS.read_text())})
-        == 1
-    )
+    first, *others = (loaded(translated(tmp_path, text, name), tmp_path) for name, text in files.items())
+    assert first == others[0] == others[1] == loaded(translated(tmp_path, flat, "a.json"), tmp_path)
 
 
 @pytest.mark.parametrize(
