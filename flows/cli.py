@@ -11,6 +11,7 @@ import typer
 from flows.data import data_app
 from flows.export import export, import_app
 from flows.options import AsJson, Because, Debug, ModelName, Overrides, ParamsFile, Version, print_json
+from flows.params_verbs import params_app
 from retuner.errors import Refused, RetunerError
 from retuner.runtime import load_runtime, person
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(import_app, name="import")
 app.command()(export)
+app.add_typer(params_app, name="params")
 
 
 @app.callback()

@@ -90,7 +90,7 @@ class AdapterFacts(Facts):
     """Module kind (e.g. qkv_proj) to how many of them carry an adapter."""
     packing_fill: float
     effective: dict[str, str]
-    """What the model really ran with: attention, dtype, use_cache, device type."""
+    """What the model really ran with: attention, dtype, use_cache, device type; `requested_...` what was asked."""
 
 
 class ReportFacts(Facts):

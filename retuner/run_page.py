@@ -74,6 +74,18 @@ def note(report: ReportFacts, decision: Decision, lines: dict[str, str]) -> str:
     return "\n".join(text)
 
 
+def not_as_requested(effective: dict[str, str]) -> str:
+    """`attention eager, sdpa was requested`, ...; empty when a training ran as it was asked to."""
+    asked = {
+        name.removeprefix("requested_"): value for name, value in effective.items() if "requested_" in name
+    }
+    return "; ".join(
+        f"{name} {effective[name]}, {value} was requested"
+        for name, value in asked.items()
+        if effective[name] != value
+    )
+
+
 def verdict_line(verdict: GateVerdict) -> str:
     """What was asked, what was found, and whether it holds."""
     held = "holds" if verdict.holds else "FAILS"

@@ -91,7 +91,7 @@ def train(
         refuse_not_finite(model, steps)
         write_adapter(out, model, base.facts.source)
 
-        effective = _effective(model, device)
+        effective = _effective(model, device, params)
         points = log.points()
         _write_aside(out / "aside", points, log.entries, effective, resumed)
         del trainer, model
@@ -118,14 +118,17 @@ def planned_steps(sequences: int, params: TrainParams) -> int:
     return math.ceil(math.ceil(sequences / a_step) * params.epochs)  # type: ignore[operator]  # one is set
 
 
-def _effective(model: Any, device: str) -> dict[str, str]:
-    """What it came to, as the model says it, not as it was asked for."""
+def _effective(model: Any, device: str, params: TrainParams) -> dict[str, str]:
+    """What it came to, as the model says it, and beside it what was asked for."""
     import torch
 
     return {
         "attention": str(model.config._attn_implementation),
         "dtype": str(model.dtype).removeprefix("torch."),
         "use_cache": str(model.config.use_cache),
+        "requested_attention": params.attention,
+        "requested_dtype": params.precision,
+        "requested_use_cache": "False",
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "threads": str(torch.get_num_threads()),
     }

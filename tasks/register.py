@@ -213,6 +213,8 @@ def _note_lines(run: RunContext, base: Base, adapter: Adapter) -> dict[str, str]
         "adapter": f"`{facts.sha256}`, {facts.trainable_parameters:,} of {facts.total_parameters:,} parameters",
         "train fingerprint": f"`{adapter.fingerprint}`",
     }
+    if differs := run_page.not_as_requested(facts.effective):
+        lines["not as requested"] = differs
     if flow_run := run.links.get("prefect"):
         lines["Prefect flow run"] = flow_run
     return lines

@@ -1,0 +1,108 @@
+"""How a row of the tutorial's table is written: a verdict, the setting it goes to, and for which values."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Verdict = Literal["kept", "changed", "refused"]
+PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Phi-3's fused layers, to what Llama calls their parts."""
+FUSED = {part: layer for layer, parts in PARTS.items() for part in parts}
+
+
+@dataclass(frozen=True)
+class Rule:
+    verdict: Verdict
+    why: str = ""
+    to: str | None = None
+    value: Callable[[Any], Any] = lambda value: value
+    only: Callable[[Any], bool] = lambda value: True
+    do: str = ""
+    note: str = ""
+    """Said beside the value in the params file."""
+    weak: bool = False
+    """Gives way where another name says the same setting."""
+    any_value: bool = False
+    """The value makes no difference, so it need not be known."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    groups: tuple[str, ...]
+    names: tuple[str, ...]
+    rules: tuple[Rule, ...]
+
+
+def off(value: Any) -> bool:
+    return value is None or value is False or value in (0, "", "no", "none") or value in ([], {})
+
+
+def on(value: Any) -> bool:
+    return value is True
+
+
+def one_of(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values)
+
+
+def positive(value: Any) -> bool:
+    """A number above zero."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def keep(to: str, **more: Any) -> Rule:
+    return Rule("kept", to=to, **more)
+
+
+def already(why: str, only: Callable[[Any], bool]) -> Rule:
+    """It asks for what happens in any case."""
+    return Rule("kept", why, only=only)
+
+
+def instead(why: str, **more: Any) -> Rule:
+    """Whatever its value, something else takes its place."""
+    return Rule("changed", why, any_value=True, **more)
+
+
+def refuse(why: str, do: str = "leave it out", **more: Any) -> Rule:
+    return Rule("refused", why, do=do, **more)
+
+
+def only_off(why: str, do: str = "leave it out") -> tuple[Rule, ...]:
+    return already("not used, here neither", off), refuse(why, do)
+
+
+def row(groups: str, names: str, *rules: Rule | tuple[Rule, ...]) -> Entry:
+    flat = tuple(r for rule in rules for r in (rule if isinstance(rule, tuple) else (rule,)))
+    return Entry(tuple(groups.split()), tuple(names.split()), flat)
+
+
+def is_llama(value: Any) -> bool:
+    return are_names(value) and any(name in FUSED for name in value)
+
+
+def are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+def of_phi3(value: Any) -> bool:
+    return are_names(value) and {FUSED.get(name, name) for name in value} <= set(PROJECTIONS)
+
+
+def fused(names: list[str]) -> list[str]:
+    """Phi-3's name where it or all parts of its layer are named; other parts keep theirs, for `train` to find."""
+
+    def is_whole(layer: str) -> bool:
+        return layer in names or (layer in PARTS and set(PARTS[layer]) <= set(names))
+
+    whole = [layer for layer in PROJECTIONS if is_whole(layer)]
+    return whole + [name for name in names if FUSED.get(name, name) not in whole]
+
+
+def plain_dtype(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def dtype(*names: str) -> Callable[[Any], bool]:
+    return lambda value: plain_dtype(value) in names
