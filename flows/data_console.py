@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from retuner.data_diff import DataDiff, State, WordShift
-from retuner.data_page import LEAKS, LEFT_OUT
-from retuner.data_report import DataReport, TokenReport
+from retuner.data_page import LEFT_OUT
+from retuner.data_report import LEAKS, DataReport, TokenReport
 from retuner.page_parts import percent
 
 
