@@ -306,8 +306,8 @@ def data_check(
 
     loaded = load(params, tuple(set_))
     dataset = open_dataset(Path(loaded.data), load_runtime().home / "seen-data.json")
-    with tempfile.TemporaryDirectory() as folder:
-        facts = prepare(Path(folder), dataset, loaded.prepare, Speaker(silent=as_json))
+    with tempfile.TemporaryDirectory() as out, tempfile.TemporaryDirectory() as work:
+        facts = prepare(Path(out), Path(work), dataset, loaded.prepare, Speaker(silent=as_json))
     if as_json:
         _print_json({"md5": dataset.md5, **facts.model_dump(mode="json")})
 

@@ -1,6 +1,5 @@
 """Rows out of files, block by block: parsed, or remembered from when the very same bytes were parsed before."""
 
-import hashlib
 import json
 import struct
 from collections import Counter
@@ -15,6 +14,7 @@ from retuner.blocks import Block, blocks, read_block
 from retuner.chats import BadRow, Chat
 from retuner.dataset import DataFile
 from retuner.describe import Description
+from retuner.fingerprint import fingerprint
 from retuner.memo import Memo
 from retuner.naming import names_of
 from retuner.redaction import redacted
@@ -109,7 +109,8 @@ class Reading:
         if self.memo is None:
             yield from self._parsed(block, found)
             return
-        name = hashlib.sha256(f"{block.sha256} {found}".encode()).hexdigest()
+        settings = [self.format, self.columns, list(self.redact)]
+        name = fingerprint({"bytes": block.sha256, "format": found, "settings": settings})
         if pieces := self.memo.read(name):
             yield from map(Segment.unpacked, pieces)
             return

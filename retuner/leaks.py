@@ -30,7 +30,9 @@ def same(rows: Ordered, field: str, usable: Any) -> Found:
     """
     found = Found(np.zeros(len(rows), bool))
     held = [
-        np.stack([heads[field], heads["group"][:, 0], np.arange(first, first + len(heads), dtype=np.uint64)])[:, at]
+        np.stack([heads[field], heads["group"][:, 0], np.arange(first, first + len(heads), dtype=np.uint64)])[
+            :, at
+        ]
         for first, heads in rows.heads()
         if len(at := np.flatnonzero(rows.sides[first : first + len(heads)] > 0))
     ]
@@ -43,8 +45,14 @@ def same(rows: Ordered, field: str, usable: Any) -> Found:
     for first, heads in rows.heads():
         last = first + len(heads)
         place = np.minimum(np.searchsorted(values, heads[field]), len(values) - 1)
-        at = np.flatnonzero((values[place] == heads[field]) & usable[first:last] & (rows.sides[first:last] == 0))
-        matches.append(np.stack([heads[field][at], heads["group"][at, 0], (at + first).astype(np.uint64), numbers[place[at]]]))
+        at = np.flatnonzero(
+            (values[place] == heads[field]) & usable[first:last] & (rows.sides[first:last] == 0)
+        )
+        matches.append(
+            np.stack(
+                [heads[field][at], heads["group"][at, 0], (at + first).astype(np.uint64), numbers[place[at]]]
+            )
+        )
     value, group, train, held_out = np.concatenate(matches, axis=1)
     pairs = np.unique(np.stack([value, group]), axis=1)
     common, counts = np.unique(pairs[0], return_counts=True)
@@ -72,20 +80,19 @@ class Runs:
         """Train rows that share a run of `size` words with a held-out row."""
         found = Found(np.zeros(len(self.rows), bool))
         for part in range(PARTS):
-            held, train = list(self.held_out[size].part(part)), list(self.train[size].part(part))
-            if not held or not train:
+            held, runs = self.held_out[size].part(part), self.train[size].part(part)
+            if not len(held) or not len(runs):
                 continue
-            hashes, first = np.unique(np.concatenate([each["hash"] for each in held]), return_index=True)
-            numbers = np.concatenate([each["row"] for each in held])[first]
-            runs = np.concatenate(train)
+            hashes, first = np.unique(held["hash"], return_index=True)
+            numbers = held["row"][first].astype(np.int64)
             runs = runs[usable[runs["row"]]]
             place = np.minimum(np.searchsorted(hashes, runs["hash"]), len(hashes) - 1)
             shared = hashes[place] == runs["hash"]
             # A run may stand in a row several times.
-            pairs = np.unique(np.stack([place[shared], runs["row"][shared].astype(np.int64)]), axis=1)
-            rare = np.bincount(pairs[0], minlength=len(hashes)) <= BOILERPLATE
-            pairs = pairs[:, rare[pairs[0]]]
-            found.add(pairs[1], numbers[pairs[0]].astype(np.int64))
+            pairs = np.unique((place[shared] << 32) | runs["row"][shared])
+            run, row = pairs >> 32, pairs & (2**32 - 1)
+            rare = (np.bincount(run, minlength=len(hashes)) <= BOILERPLATE)[run]
+            found.add(row[rare], numbers[run[rare]])
         return found
 
     def close(self) -> None:
@@ -132,8 +139,10 @@ class Runs:
 
     def _let_pass(self, words: Any, at: Any) -> None:
         for keys in self._keys(words):
-            keys = np.unique(keys[at])
-            np.bitwise_or.at(self.filter, keys >> np.uint32(3), np.uint8(1) << (keys & np.uint32(7)).astype(np.uint8))
+            keys = keys[at]
+            np.bitwise_or.at(
+                self.filter, keys >> np.uint32(3), np.uint8(1) << (keys & np.uint32(7)).astype(np.uint8)
+            )
 
     def _passes(self, words: Any) -> Any:
         one, other = self._keys(words)
@@ -143,4 +152,6 @@ class Runs:
         return passes
 
     def _is_set(self, keys: Any) -> Any:
-        return (self.filter[keys >> np.uint32(3)] >> (keys & np.uint32(7)).astype(np.uint8)) & np.uint8(1) == 1
+        return (self.filter[keys >> np.uint32(3)] >> (keys & np.uint32(7)).astype(np.uint8)) & np.uint8(
+            1
+        ) == 1

@@ -1,7 +1,8 @@
 """Names of conversations: hashes by which the same ones, and those with the same prompt, are known."""
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -43,7 +44,18 @@ def group_of(messages: Sequence[dict[str, str]]) -> str:
 
 def is_held_out(group: str, salt: str, held_out_fraction: float) -> bool:
     """The side of a group: true for about `held_out_fraction` of all groups, and for ever the same."""
-    return int.from_bytes(_digest([salt, group])) < held_out_fraction * 2**128
+    return held_out_by_hash([group], salt, held_out_fraction)[0]
+
+
+def held_out_by_hash(groups: Iterable[str], salt: str, held_out_fraction: float) -> list[bool]:
+    """`is_held_out` of each."""
+    start, limit = hashlib.sha256(f"{salt}\0".encode()), math.ceil(held_out_fraction * 2**128)
+    drawn = []
+    for group in groups:
+        salted = start.copy()
+        salted.update(group.encode())
+        drawn.append(salted.digest()[:16])
+    return [int.from_bytes(each) < limit for each in drawn]
 
 
 def _digest(parts: list[str]) -> bytes:

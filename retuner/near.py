@@ -17,7 +17,7 @@ SLICE_ROWS = 2**18
 WINDOW = 8
 """How many others of its bucket a row is compared with, a band. Larger buckets hold rows made from one pattern: there
 the order differs from band to band, so what is missed in one is met in another."""
-PAIR_WORDS = 2**19
+PORTION, PORTION_WORDS = 2**15, 2**19
 SHOWN = 5
 LOW = np.uint64(2**32 - 1)
 
@@ -31,6 +31,8 @@ class Found:
     examples: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, train: Any, held_out: Any) -> None:
+        if not len(train):
+            return
         self.flags[train] = True
         first = np.argsort(train, kind="stable")[: 8 * SHOWN]
         least = dict(sorted(zip(train[first].tolist(), held_out[first].tolist()), reverse=True))
@@ -83,18 +85,17 @@ def _buckets(rows: Ordered, band: int, usable: Any) -> Iterator[tuple[Any, Any]]
         yield keys[shared], ((entries[shared] & LOW) * back & LOW).astype(np.int64)
 
 
-def _join_train(
-    rows: Ordered, band: int, similarity: float, keys: Any, members: Any, parents: Any
-) -> None:
-    for distance in range(1, WINDOW + 1):
-        at = np.flatnonzero(keys[:-distance] == keys[distance:])
-        if not len(at):
-            return
-        left, right = members[at], members[at + distance]
-        apart = _roots(parents, left) != _roots(parents, right)
-        left, right = left[apart], right[apart]
-        alike = _alike(rows, band, similarity, left, right)
-        _join(parents, left[alike], right[alike])
+def _join_train(rows: Ordered, band: int, similarity: float, keys: Any, members: Any, parents: Any) -> None:
+    # Neighbours first: of what they bring together, most other pairs need not be looked at.
+    for distances in (range(1, 2), range(2, WINDOW + 1)):
+        places = [np.flatnonzero(keys[:-distance] == keys[distance:]) for distance in distances]
+        left = members[np.concatenate(places)]
+        right = members[np.concatenate([at + distance for at, distance in zip(places, distances)])]
+        for some in _portions(len(left)):
+            one, other = left[some], right[some]
+            apart = _roots(parents, one) != _roots(parents, other)
+            one, other = _alike(rows, band, similarity, one[apart], other[apart])
+            _join(parents, one, other)
 
 
 def _mark_leaks(
@@ -103,45 +104,52 @@ def _mark_leaks(
     others, held_out = keys[~train], members[~train]
     if not len(others):
         return
-    for distance in range(WINDOW):
+    for distances in (range(1), range(1, WINDOW)):
         at = np.flatnonzero(train & ~leaks.flags[members])
         low, high = np.searchsorted(others, keys[at]), np.searchsorted(others, keys[at], "right")
-        more = high - low > distance
-        at, low, high = at[more], low[more], high[more]
-        if not len(at):
-            return
-        left, right = members[at], held_out[low + (members[at] + distance) % (high - low)]
-        alike = _alike(rows, band, similarity, left, right)
-        leaks.add(left[alike], right[alike])
+        for some in _portions(len(at)):
+            for distance in distances:
+                more = (high[some] - low[some] > distance) & ~leaks.flags[members[at[some]]]
+                row, begin, end = members[at[some]][more], low[some][more], high[some][more]
+                other = held_out[begin + (row + distance) % (end - begin)]
+                leaks.add(*_alike(rows, band, similarity, row, other))
 
 
-def _alike(rows: Ordered, band: int, similarity: float, left: Any, right: Any) -> Any:
-    """Whether each pair reaches the similarity, the sketch looked at first. False, too, for a pair that an earlier
-    band has brought together already."""
-    alike = np.zeros(len(left), bool)
-    for some in _portions(rows, left, right):
-        numbers, places = np.unique(np.concatenate([left[some], right[some]]), return_inverse=True)
-        one, other = np.split(places, 2)
-        sketches = rows.sketches(numbers)
-        first = (sketches[one] == sketches[other]).argmax(1) == band
-        bytes_ = sketches.view(np.uint8)
-        agree = (bytes_[one] == bytes_[other]).mean(1)
-        # Different pairs of words agree in a byte once in 256; three standard deviations of the estimate are let pass.
-        estimate = (agree - 1 / 256) * 256 / 255
-        likely = first & (estimate > similarity - 3 * 0.5 / PERMUTATIONS**0.5)
-        kept, places = np.unique(np.concatenate([one[likely], other[likely]]), return_inverse=True)
-        found = resemblances(*rows.words(numbers[kept]), *np.split(places, 2))
-        alike[np.flatnonzero(likely) + some.start] = found >= similarity
-    return alike
+def _alike(rows: Ordered, band: int, similarity: float, left: Any, right: Any) -> tuple[Any, Any]:
+    """Those of the pairs that reach the similarity, without those that an earlier band has brought together already.
+
+    The sketches are looked at first, so that the words of few pairs have to be.
+    """
+    numbers, places = np.unique(np.concatenate([left, right]), return_inverse=True)
+    one, other = np.split(places, 2)
+    sketches = rows.sketches(numbers)
+    first = (sketches[one] == sketches[other]).argmax(1) == band
+    one, other, left, right = one[first], other[first], left[first], right[first]
+    as_bytes = sketches.view(np.uint8)
+    # Different pairs of words agree in a byte once in 256; two standard deviations of the estimate are let pass.
+    agree = (as_bytes[one] == as_bytes[other]).mean(1) * (256 / 255) - 1 / 255
+    likely = agree > similarity - 2 * 0.5 / PERMUTATIONS**0.5
+    left, right = left[likely], right[likely]
+    found = [_resemblances(rows, left[some], right[some]) for some in _portions_by_words(rows, left, right)]
+    alike = np.concatenate([*found, np.zeros(0)]) >= similarity
+    return left[alike], right[alike]
 
 
-def _portions(rows: Ordered, left: Any, right: Any) -> Iterator[slice]:
-    """The pairs in portions of about PAIR_WORDS words."""
+def _resemblances(rows: Ordered, left: Any, right: Any) -> Any:
+    numbers, places = np.unique(np.concatenate([left, right]), return_inverse=True)
+    return resemblances(*rows.words(numbers), *np.split(places, 2))
+
+
+def _portions(count: int) -> Iterator[slice]:
+    return (slice(first, first + PORTION) for first in range(0, count, PORTION))
+
+
+def _portions_by_words(rows: Ordered, left: Any, right: Any) -> Iterator[slice]:
     words = np.cumsum(rows.word_counts(left) + rows.word_counts(right) + 1)
     first = 0
     while first < len(left):
         done = words[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(words, done + PAIR_WORDS)))
+        last = max(first + 1, int(np.searchsorted(words, done + PORTION_WORDS)))
         yield slice(first, last)
         first = last
 

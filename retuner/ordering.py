@@ -18,17 +18,19 @@ class Duplicates:
     """The same but for case and white space."""
 
 
-def order(parted: Parted, rows: Ordered, out: Path, is_held_out: Callable[[str], bool]) -> Duplicates:
+def order(
+    parted: Parted, rows: Ordered, out: Path, held_out: Callable[[list[str]], list[bool]]
+) -> Duplicates:
     """Writes train.jsonl and held_out.jsonl by group, then id. Of duplicates the one with the least id stays.
 
     Duplicates share a group, so they meet in their part, and no order of reading matters.
     """
     dropped, written = Duplicates(), [0, 0]
-    with (out / "train.jsonl").open("wb") as train, (out / "held_out.jsonl").open("wb") as held_out:
+    with (out / "train.jsonl").open("wb") as train, (out / "held_out.jsonl").open("wb") as other:
         for batch in parted.parts():
             batch = _without_duplicates(batch, dropped)
-            sides = _sides(batch, is_held_out)
-            for side, file in enumerate((train, held_out)):
+            sides = _sides(batch, held_out)
+            for side, file in enumerate((train, other)):
                 mine = sides == side
                 lengths = batch.heads["line"][mine].astype(np.int64)
                 batch.heads["place"][mine] = written[side] + np.cumsum(lengths) - lengths
@@ -62,7 +64,9 @@ def groups(rows: Ordered, which: Any) -> int:
         group = heads["group"][which[first : first + len(heads)]]
         if not len(group):
             continue
-        count += int((group[1:] != group[:-1]).any(1).sum()) + int(before is None or (group[0] != before).any())
+        count += int((group[1:] != group[:-1]).any(1).sum()) + int(
+            before is None or (group[0] != before).any()
+        )
         before = group[-1].copy()
     return count
 
@@ -80,8 +84,9 @@ def _without_duplicates(batch: Batch, dropped: Duplicates) -> Batch:
     return batch.take(kept[np.lexsort((id[:, 1], id[:, 0], group[:, 1], group[:, 0]))])
 
 
-def _sides(batch: Batch, is_held_out: Callable[[str], bool]) -> Any:
+def _sides(batch: Batch, held_out: Callable[[list[str]], list[bool]]) -> Any:
     group = batch.heads["group"]
     begins = np.flatnonzero(np.concatenate([[True], (group[1:] != group[:-1]).any(1)]))
-    held = [is_held_out(f"{high:016x}{low:016x}") for high, low in group[begins].tolist()]
-    return np.repeat(np.array(held, np.uint16), np.diff(begins, append=len(group)))
+    spelled = group[begins].astype(">u8").tobytes().hex()
+    sides = held_out([spelled[at : at + 32] for at in range(0, len(spelled), 32)])
+    return np.repeat(np.array(sides, np.uint16), np.diff(begins, append=len(group)))

@@ -29,6 +29,8 @@ PARTS = 256
 RUN_BYTES = 16 * 2**20
 CHUNK_ROWS = 2**15
 CHUNK_WORDS = 2**18
+PAGE_ROWS = 2**13
+GAP_BYTES = 2**13
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,8 @@ def _joined(data: bytes, begins: Any, ends: Any) -> bytes:
 
 
 def concatenated(batches: list[Batch]) -> Batch:
-    heads = np.concatenate([batch.heads for batch in batches]) if batches else np.zeros(0, HEAD)
+    # Through bytes: numpy takes long to put records together.
+    heads = np.frombuffer(b"".join([batch.heads.tobytes() for batch in batches]), HEAD)
     return Batch(heads, b"".join([batch.bodies for batch in batches]))
 
 
@@ -82,13 +85,14 @@ class Records:
         self.count += len(records)
         return order
 
-    def part(self, part: int) -> Iterator[Any]:
-        """The records of a part, an array for each run that has any."""
-        size = self.dtype.itemsize
+    def part(self, part: int) -> Any:
+        """The records of a part, those of an earlier run first."""
+        size, pieces = self.dtype.itemsize, []
         for begin, begins in self.runs:
             first, last = begin + int(begins[part]), begin + int(begins[part + 1])
             if first < last:
-                yield np.frombuffer(_read(self.file, first * size, (last - first) * size), self.dtype)
+                pieces.append(_read(self.file, first * size, (last - first) * size))
+        return np.frombuffer(b"".join(pieces), self.dtype)
 
     def close(self) -> None:
         self.file.close()
@@ -115,8 +119,9 @@ class Parted:
         if self.waiting:
             self._write()
         for part in range(PARTS):
-            if found := list(self.heads.part(part)):
-                yield concatenated([self._with_bodies(heads) for heads in found])
+            heads = self.heads.part(part)
+            if len(heads):
+                yield Batch(heads, self._bodies(heads))
 
     def close(self) -> None:
         self.heads.close()
@@ -135,8 +140,14 @@ class Parted:
         self.bodies.flush()
         self.written += len(batch.bodies)
 
-    def _with_bodies(self, heads: Any) -> Batch:
-        return Batch(heads, _read(self.bodies, int(heads["place"][0]), int(body_sizes(heads).sum())))
+    def _bodies(self, heads: Any) -> bytes:
+        """The bodies of the heads of a part: one stretch of the file for each run."""
+        sizes = body_sizes(heads)
+        ends = heads["place"].astype(np.int64) + sizes
+        begins = np.flatnonzero(np.concatenate([[True], heads["place"][1:] != ends[:-1]]))
+        lasts = np.append(begins[1:], len(heads)) - 1
+        spans = zip(heads["place"][begins].tolist(), ends[lasts].tolist())
+        return b"".join([_read(self.bodies, begin, end - begin) for begin, end in spans])
 
 
 class Ordered:
@@ -149,6 +160,7 @@ class Ordered:
         self.folder = folder
         self.heads_file = (folder / "ordered.heads").open("w+b")
         self.words_file = (folder / "ordered.words").open("w+b")
+        self.sketches_file = (folder / "ordered.sketches").open("w+b")
         self.bands_files = [(folder / f"ordered.band{band}").open("w+b", 2**16) for band in range(BANDS)]
         self._sides: list[Any] = []
         self._words: list[Any] = []
@@ -159,6 +171,7 @@ class Ordered:
         """The words are kept; the lines are not."""
         heads = batch.heads
         self.heads_file.write(heads.tobytes())
+        self.sketches_file.write(heads["bands"].tobytes())
         for band, file in enumerate(self.bands_files):
             file.write(np.ascontiguousarray(heads["bands"][:, band]).tobytes())
         ends = np.cumsum(body_sizes(heads)) - heads["line"]
@@ -173,7 +186,7 @@ class Ordered:
         words = np.concatenate(self._words) if self._words else np.zeros(0, np.uint32)
         self.word_ends = np.cumsum(words, dtype=np.int64)
         self._sides, self._words = [], []
-        for file in (self.heads_file, self.words_file, *self.bands_files):
+        for file in (self.heads_file, self.words_file, self.sketches_file, *self.bands_files):
             file.flush()
 
     def __len__(self) -> int:
@@ -196,23 +209,27 @@ class Ordered:
             yield row, np.frombuffer(_records(self.bands_files[band], row, count, 4), "<u4")
 
     def sketches(self, rows: Any) -> Any:
-        """(rows, BANDS) of the rows that are numbered."""
-        made = np.empty((len(rows), BANDS), "<u4")
-        at = HEAD.fields["bands"][1]
-        for place, row in enumerate(rows.tolist()):
-            found = _read(self.heads_file, row * HEAD.itemsize + at, BANDS * 4)
-            made[place] = np.frombuffer(found, "<u4")
-        return made
+        """(rows, BANDS) of the rows that are numbered, in ascending order."""
+        size, pieces = BANDS * 4, []
+        for first in range(0, len(self), PAGE_ROWS):
+            low, high = np.searchsorted(rows, [first, first + PAGE_ROWS])
+            wanted = rows[low:high]
+            if len(wanted) > PAGE_ROWS // 64:
+                count = min(PAGE_ROWS, len(self) - first)
+                page = np.frombuffer(_records(self.sketches_file, first, count, size), "<u4")
+                pieces.append(page.reshape(count, BANDS)[wanted - first])
+            elif len(wanted):
+                found = _gathered(self.sketches_file, wanted * size, (wanted + 1) * size)
+                pieces.append(np.frombuffer(found, "<u4").reshape(len(wanted), BANDS))
+        return np.concatenate([*pieces, np.zeros((0, BANDS), "<u4")])
 
     def word_counts(self, rows: Any) -> Any:
         return self.word_ends[rows] - self._word_begins(rows)
 
     def words(self, rows: Any) -> tuple[Any, Any]:
-        """The words of the rows that are numbered, one row after the other, and how many each has."""
+        """The words of the rows that are numbered, in ascending order, and how many each has."""
         begins, ends = self._word_begins(rows), self.word_ends[rows]
-        spans = zip((begins * 4).tolist(), ((ends - begins) * 4).tolist())
-        pieces = [_read(self.words_file, at, size) for at, size in spans]
-        return np.frombuffer(b"".join(pieces), "<u4"), ends - begins
+        return np.frombuffer(_gathered(self.words_file, begins * 4, ends * 4), "<u4"), ends - begins
 
     def all_words(self) -> Iterator[tuple[int, Any, Any]]:
         """Stretches of rows: the number of the first, their words, and how many each has."""
@@ -229,8 +246,22 @@ class Ordered:
         return np.where(rows > 0, self.word_ends[np.maximum(rows, 1) - 1], 0)
 
     def close(self) -> None:
-        for file in (self.heads_file, self.words_file, *self.bands_files):
+        for file in (self.heads_file, self.words_file, self.sketches_file, *self.bands_files):
             file.close()
+
+
+def _gathered(file: BinaryIO, begins: Any, ends: Any) -> bytes:
+    """The stretches of a file, in ascending order, one after the other. What lies close together is read at once."""
+    if not len(begins):
+        return b""
+    first = np.concatenate([[0], np.flatnonzero(begins[1:] - ends[:-1] > GAP_BYTES) + 1])
+    spans = zip(first.tolist(), np.append(first[1:], len(begins)).tolist())
+    pieces = []
+    for low, high in spans:
+        at = int(begins[low])
+        data = _read(file, at, int(ends[high - 1]) - at)
+        pieces.append(data if high - low == 1 else _joined(data, begins[low:high] - at, ends[low:high] - at))
+    return b"".join(pieces)
 
 
 def _records(file: BinaryIO, first: int, count: int, size: int) -> bytes:

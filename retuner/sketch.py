@@ -36,7 +36,9 @@ def _mixed(values: Any) -> Any:
     return values ^ (values >> np.uint64(31))
 
 
-_DRAWN = (_mixed(np.arange(2 * PERMUTATIONS, dtype=np.uint64) + np.uint64(1997)) >> np.uint64(32)).astype(np.uint32)
+_DRAWN = (_mixed(np.arange(2 * PERMUTATIONS, dtype=np.uint64) + np.uint64(1997)) >> np.uint64(32)).astype(
+    np.uint32
+)
 _XOR, _TIMES = _DRAWN[:PERMUTATIONS], _DRAWN[PERMUTATIONS:] | np.uint32(1)
 
 

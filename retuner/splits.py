@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from retuner.artifacts import SplitsFacts
 from retuner.dataset import DataFile, Dataset
 from retuner.errors import Refused
-from retuner.naming import is_held_out
+from retuner.naming import held_out_by_hash
 from retuner.observe import Observer
 from retuner.params import PrepareParams
 
@@ -62,10 +62,10 @@ def prepare(
         if counts.rejected.total() > params.max_bad_rows:
             raise _too_many_bad_rows(counts, params.max_bad_rows)
 
-        def held_out(group: str) -> bool:
+        def held_out(groups: list[str]) -> list[bool]:
             if frozen:
-                return group in frozen.groups
-            return is_held_out(group, params.split_salt, params.held_out_fraction)
+                return [group in frozen.groups for group in groups]
+            return held_out_by_hash(groups, params.split_salt, params.held_out_fraction)
 
         duplicates = order(parted, rows, out, held_out)
         _add_earlier(rows, earlier, memo)
@@ -73,7 +73,9 @@ def prepare(
         train, held = rows.sides == 0, rows.sides == 1
         if not train.any() or not held.any():
             raise _empty_side(int((train | held).sum()), groups(rows, train), groups(rows, held), params)
-        apart = separate(rows, work, out / "train.jsonl", params, ("held-out", *(each.name for each in earlier)))
+        apart = separate(
+            rows, work, out / "train.jsonl", params, ("held-out", *(each.name for each in earlier))
+        )
         if apart.removed.any():
             drop(out / "train.jsonl", rows, apart.removed)
         kept = train & ~apart.removed

@@ -2,86 +2,17 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
+from prepare_stage import REAL_DATA, Stage, real_data, some_rows
 
-from retuner.dataset import DataFile, Dataset
 from retuner.errors import Refused
-from retuner.observe import Silent
-from retuner.params import PrepareParams
-from retuner.splits import chat_id, group_of, is_held_out, prepare
-
-REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
-real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the real chats are not beside this checkout")
-
-DEFAULTS = {
-    "files": "**/*.json*",
-    "format": "auto",
-    "max_bad_rows": 0,
-    "held_out_fraction": 0.2,
-    "split_salt": "salt",
-}
-
-
-def dataset(folder: Path) -> Dataset:
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    random.Random(0).shuffle(paths)
-    files = tuple(
-        DataFile(
-            relpath=path.relative_to(folder).as_posix(), path=path, size=path.stat().st_size, md5="0" * 32
-        )
-        for path in paths
-    )
-    return Dataset(md5="0" * 32 + ".dir", dvc_file="data.dvc", path=Path("data"), files=files)
-
-
-class Stage:
-    """Runs `prepare` over a folder of files and reads back what it wrote."""
-
-    def __init__(self, tmp_path: Path):
-        self.tmp_path, self.runs = tmp_path, 0
-
-    def __call__(self, files: dict[str, list[dict] | bytes], /, **params):
-        self.runs += 1
-        data = self.tmp_path / f"data{self.runs}"
-        for name, rows in files.items():
-            content = (
-                rows if isinstance(rows, bytes) else b"".join(json.dumps(r).encode() + b"\n" for r in rows)
-            )
-            (data / name).parent.mkdir(parents=True, exist_ok=True)
-            (data / name).write_bytes(content)
-        return self.over(data, **params)
-
-    def over(self, data: Path, **params):
-        self.runs += 1
-        self.out = self.tmp_path / f"out{self.runs}"
-        self.out.mkdir()
-        return prepare(self.out, dataset(data), PrepareParams(**DEFAULTS | params), Silent())
-
-    def rows(self, side: str) -> list[dict]:
-        # Not splitlines(): it would break a text at U+2028, which JSON leaves as it is.
-        return [json.loads(line) for line in (self.out / f"{side}.jsonl").read_text("utf-8").split("\n")[:-1]]
-
-    def bytes(self) -> tuple[bytes, bytes]:
-        return (self.out / "train.jsonl").read_bytes(), (self.out / "held_out.jsonl").read_bytes()
-
-    def quarantine(self) -> list[dict]:
-        return [
-            json.loads(line)
-            for line in (self.out / "aside" / "quarantine.jsonl").read_text().split("\n")[:-1]
-        ]
+from retuner.naming import chat_id, group_of, is_held_out
 
 
 @pytest.fixture
 def stage(tmp_path):
     return Stage(tmp_path)
-
-
-def some_rows(count: int, answers: int = 1, seed: int = 0) -> list[dict]:
-    numbers = random.Random(seed)
-    prompts = [f"What is {numbers.random()}?" for _ in range(count)]
-    return [{"prompt": prompt, "completion": f"{prompt} {n}"} for prompt in prompts for n in range(answers)]
 
 
 def test_rows_are_written_with_id_group_and_messages_in_order_of_group_and_id(stage):
@@ -168,7 +99,8 @@ def test_duplicates_but_for_case_and_space_are_dropped_counted_and_the_same_one_
     rows = some_rows(20)
     copies = [{"prompt": row["prompt"] + "  ", "completion": row["completion"].upper()} for row in rows]
     facts = stage({"x.jsonl": rows + copies + rows})
-    assert facts.duplicates == 40 and facts.train_rows + facts.held_out_rows == 20
+    assert facts.duplicates == {"exact": 20, "folded": 20, "near": 0}
+    assert facts.train_rows + facts.held_out_rows == 20
     expected = stage.bytes()
     stage({"x.jsonl": copies + rows})
     assert stage.bytes() == expected
@@ -192,8 +124,7 @@ def test_bad_rows_within_the_limit_are_set_aside_and_counted_by_cause(stage):
     ]
     assert quarantine[0]["start"] == '{"prompt": "\\xff"}' and quarantine[0]["column"] == 13
     assert all(row["message"] and len(row["start"]) <= 800 for row in quarantine)
-    report = json.loads((stage.out / "aside" / "report.json").read_text())
-    assert report["rows_by_file"] == {"a.jsonl": 30, "b.jsonl": 10}
+    assert stage.report["rows_by_file"] == {"a.jsonl": 30, "b.jsonl": 10}
 
 
 def test_what_is_set_aside_does_not_touch_the_split(stage):
@@ -283,8 +214,8 @@ def test_every_file_of_another_kind_is_named_at_once(stage):
 )
 def test_real_chats_are_read_whole(stage, folder, rows, duplicates, format):
     facts = stage.over(REAL_DATA / folder)
-    assert (facts.rows_read, facts.duplicates, facts.rejected) == (rows, duplicates, {})
-    assert set(facts.formats.values()) == {format}
+    assert (facts.rows_read, facts.duplicates["exact"], facts.rejected) == (rows, duplicates, {})
+    assert set(facts.formats.values()) == {format} and facts.duplicates["folded"] == 0
     assert facts.train_rows + facts.held_out_rows == rows - duplicates
 
 
