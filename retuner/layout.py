@@ -31,12 +31,17 @@ class Segment:
     """What is tokenised in one piece: template text, and the numbers of messages whose content stands there."""
 
     parts: tuple[str | int, ...]
+    """Not empty. Template text at an edge that is stripped is stripped already."""
     strip_left: bool
     strip_right: bool
     supervised: bool
 
     def text(self, contents: Sequence[str] | Mapping[int, str]) -> str:
-        text = "".join([contents[part] if isinstance(part, int) else part for part in self.parts])
+        if len(self.parts) == 1:
+            (part,) = self.parts
+            text = contents[part] if isinstance(part, int) else part
+        else:
+            text = "".join([contents[part] if isinstance(part, int) else part for part in self.parts])
         if self.strip_left:
             text = text.lstrip(WHITE_SPACE)
         return text.rstrip(WHITE_SPACE) if self.strip_right else text
@@ -163,8 +168,17 @@ class ChatTemplate:
         strip_left = supervised = False
 
         def close(strip_right: bool) -> None:
+            left, right = strip_left, strip_right
+            while left and parts and isinstance(parts[0], str):
+                parts[0] = parts[0].lstrip(WHITE_SPACE)
+                left = not parts[0]
+                del parts[: int(left)]
+            while right and parts and isinstance(parts[-1], str):
+                parts[-1] = parts[-1].rstrip(WHITE_SPACE)
+                right = not parts[-1]
+                del parts[len(parts) - int(right) :]
             if parts:
-                items.append(Segment(tuple(parts), strip_left, strip_right, supervised))
+                items.append(Segment(tuple(parts), left, right, supervised))
             parts.clear()
 
         for piece in pieces:

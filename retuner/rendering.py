@@ -5,7 +5,7 @@ tokens. So text inside a message can never become one, while for other text the 
 `apply_chat_template`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,10 +21,10 @@ Message = Mapping[str, str]
 
 
 class Plan(NamedTuple):
-    """A layout, and what is said by the number of the message."""
+    """A layout, and the messages whose numbers stand in it."""
 
     layout: Layout
-    contents: Sequence[str]
+    messages: Sequence[Message]
 
 
 class Renderer:
@@ -59,11 +59,11 @@ class Renderer:
 
     def encode_chats(self, chats: Sequence[Sequence[Message]]) -> TokenRows:
         """The rows of many conversations, in order."""
-        return self._encode([Plan(self.template.of_chat(_roles(chat)), _contents(chat)) for chat in chats])
+        return self._encode([Plan(self.template.of_chat(_roles(chat)), chat) for chat in chats])
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Input ids of a context whose answer is asked for; training rows of longer chats begin with them."""
-        plan = Plan(self.template.of_context(_roles(messages), True), _contents(messages))
+        plan = Plan(self.template.of_context(_roles(messages), True), messages)
         return self._encode([plan])[0].input_ids
 
     def encode_completion(self, messages: Sequence[Message], answer: str) -> list[int]:
@@ -71,15 +71,14 @@ class Renderer:
         chat = [*messages, {"role": "assistant", "content": answer}]
         prompt_items = len(self.template.of_context(_roles(messages), True).items)
         items = self.template.of_chat(_roles(chat)).items[prompt_items : prompt_items + 2]
-        return self._encode([Plan(Layout(items), _contents(chat))])[0].input_ids
+        return self._encode([Plan(Layout(items), chat)])[0].input_ids
 
-    def is_plain(self, messages: Iterable[Message]) -> bool:
+    def is_plain(self, messages: Sequence[Message]) -> bool:
         """Whether `apply_chat_template` must give the same ids: no control text, and no answer that begins with
         white space, which would melt into the template's own line break if it were not cut off from the prompt."""
-        return not any(
-            self.template.control_text.search(message["content"])
-            or (message["role"] == "assistant" and message["content"][:1].isspace())
-            for message in messages
+        # NUL stands in no control token, so none comes of two messages.
+        return not self.template.control_text.search("\0".join([m["content"] for m in messages])) and not any(
+            [m["content"][:1].isspace() for m in messages if m["role"] == "assistant"]
         )
 
     def check(self, messages: Sequence[Message]) -> None:
@@ -105,12 +104,18 @@ class Renderer:
 
         texts: list[str] = []
         stripped: list[int] = []
-        for layout, contents in plans:
+        for layout, messages in plans:
+            contents = _contents(messages)
             own = [segment.text(contents) for segment in layout.segments]
             chars = layout.template_chars + sum([len(contents[number]) for number in layout.said])
             stripped.append(chars - sum(map(len, own)))
             texts += own
-        segment_codes, segment_units = self.words.codes(texts)
+        try:
+            segment_codes, segment_units = self.words.codes(texts)
+        except UnicodeEncodeError:
+            for plan in plans:
+                _refuse_half_characters(plan.messages)
+            raise
 
         controls = _joined([layout.controls for layout, _ in plans], np.int64)
         supervised = _joined([layout.supervised for layout, _ in plans], np.bool_)
@@ -167,13 +172,17 @@ def _contents(messages: Sequence[Message]) -> list[str]:
                 "a text in every message",
                 "leave it out, or say it",
             )
+    return contents
+
+
+def _refuse_half_characters(messages: Sequence[Message]) -> None:
+    for number, message in enumerate(messages, 1):
         try:
-            content.encode()
+            message["content"].encode()
         except UnicodeEncodeError as error:
+            half = ord(message["content"][error.start])
             raise Refused(
-                f"message {number + 1} ({messages[number]['role']}) has half a character, "
-                f"\\u{ord(content[error.start]):04x}",
+                f"message {number} ({message['role']}) has half a character, \\u{half:04x}",
                 "whole characters",
                 "write surrogates in pairs",
             ) from None
-    return contents

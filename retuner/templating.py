@@ -57,11 +57,15 @@ def template(
     train, held_out = (Side(name, ChatLines(splits.path / f"{name}.jsonl")) for name in ("train", "held_out"))
     total = len(train.lines) + len(held_out.lines)
     check.first(train.lines)
+    new = 0
     for side, before in ((train, 0), (held_out, len(train.lines))):
         side.places = rows.find(side.lines.ids)
+        new += int((side.places.file == MISSING).sum())
         for done in _add_missing(renderer, rows, side):
             observer.progress("rows templated", before + done, total)
     rows.flush()
+    if new < total:
+        observer.say(f"template: {total - new:,} of {total:,} rows were tokenised before, {new:,} are new")
     for side in (train, held_out):
         side.measure(rows, params)
         check.others(side.lines, rows, side.places)

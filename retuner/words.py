@@ -23,7 +23,6 @@ it gets.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -84,7 +83,7 @@ def provable_rule(plain: Any) -> Rule:
     if pre_tokenizer == [] and normalizer in ([replace], [prepend, replace]):
         vocabulary = plain.get_vocab()
         all_bytes = all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
-        reaches_over = any(re.search(f"[^{SPACE}]{SPACE}", piece, re.DOTALL) for piece in vocabulary)
+        reaches_over = any(SPACE in piece.lstrip(SPACE) for piece in vocabulary)
         # With ignore_merges a text that is a piece as a whole is never merged, and a unit of it may be.
         if model.byte_fallback and all_bytes and not reaches_over and not model.ignore_merges:
             units = Tokenizer(model)

@@ -369,8 +369,9 @@ def splits_of(folder: Path, train, held_out) -> Splits:
     (folder / "aside" / "report.json").write_text("{}")
     groups = [len({group for group, _ in side}) for side in (train, held_out)]
     facts = SplitsFacts(
-        formats={}, rows_read=len(train) + len(held_out), rejected={}, redacted={}, duplicates={}, leaks={}, removed={},
-        train_rows=len(train), held_out_rows=len(held_out), train_groups=groups[0], held_out_groups=groups[1],
+        formats={}, rows_read=len(train) + len(held_out), rejected={}, redacted={}, duplicates={}, leaks={},
+        removed={}, train_rows=len(train), held_out_rows=len(held_out),
+        train_groups=groups[0], held_out_groups=groups[1],
     )  # fmt: skip
     return Splits(stage="prepare", fingerprint="", digest="", path=folder, facts=facts)
 
