@@ -87,6 +87,12 @@ def test_the_held_out_share_is_about_the_fraction_and_grows_without_giving_rows_
         held_out = now
 
 
+def test_the_side_is_that_of_the_group_alone(stage):
+    stage({"x.jsonl": some_rows(300)})
+    for side in ("train", "held_out"):
+        assert all(is_held_out(row["group"], "salt", 0.2) is (side == "held_out") for row in stage.rows(side))
+
+
 def test_another_salt_is_another_split(stage):
     rows = some_rows(100)
     stage({"x.jsonl": rows})
