@@ -17,6 +17,7 @@ HEAD = np.dtype(
         ("group", "<u8", (2,)),
         ("id", "<u8", (2,)),
         ("key", "<u8", (2,)),  # of the conversation but for case and white space
+        ("draw", "<u8"),  # the first half of what the group drew, see retuner.naming
         ("prompt", "<u8"),  # of all before the first answer but for case, white space and the system's text
         ("talk", "<u8"),  # of the conversation likewise
         ("words", "<u4"),

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from retuner.artifacts import SplitsFacts
 from retuner.dataset import DataFile, Dataset
 from retuner.errors import Refused
-from retuner.naming import held_out_by_hash
 from retuner.observe import Observer
 from retuner.params import PrepareParams
 
@@ -49,7 +48,7 @@ def prepare(
     """
     # A cached run imports this module too, and should not pay for numpy.
     from retuner.intake import Counts, Reading
-    from retuner.ordering import drop, groups, order
+    from retuner.ordering import by_draw, by_name, drop, groups, order
     from retuner.rows import Ordered, Parted
     from retuner.separation import separate
 
@@ -57,17 +56,13 @@ def prepare(
     counts = Counts(max(params.max_bad_rows, SHOWN_ROWS))
     parted, rows = Parted(work), Ordered(work)
     try:
-        reading = Reading(params.format, params.columns, params.redact, memo)
+        reading = Reading(params.format, params.columns, params.redact, memo, params.split_salt)
         _read(files, reading, counts, parted, observer)
         if counts.rejected.total() > params.max_bad_rows:
             raise _too_many_bad_rows(counts, params.max_bad_rows)
 
-        def held_out(groups: list[str]) -> list[bool]:
-            if frozen:
-                return [group in frozen.groups for group in groups]
-            return held_out_by_hash(groups, params.split_salt, params.held_out_fraction)
-
-        duplicates = order(parted, rows, out, held_out)
+        chosen = by_name(frozen.groups) if frozen else by_draw(params.split_salt, params.held_out_fraction)
+        duplicates = order(parted, rows, out, chosen)
         _add_earlier(rows, earlier, memo)
         rows.finish()
         train, held = rows.sides == 0, rows.sides == 1
