@@ -40,6 +40,7 @@ def answer_from_receipt(params: Path, overrides: tuple[str, ...], runtime: Runti
         return None  # The long way says what is wrong.
     store, records = Store(runtime.store, shared_url=runtime.store_remote), []
     made: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     for name, fingerprint in receipt["stages"]:
         began = monotonic()
         manifest = store.verified_manifest(name, fingerprint)
@@ -47,10 +48,22 @@ def answer_from_receipt(params: Path, overrides: tuple[str, ...], runtime: Runti
             return None
         records.append(StageRecord(name, "cached", monotonic() - began, fingerprint))
         made = manifest["facts"]
+        if name == "train":
+            inputs = manifest["identity"]["inputs"]
     here = (made["model_name"], made["model_version"], made["adapter_sha256"])
-    if not registry_reads.still_registered(runtime, *here):
+    if not registry_reads.still_registered(runtime, *here) or not _would_start_alike(inputs, made, runtime):
         return None
     return summarise(store, records, runtime)
+
+
+def _would_start_alike(inputs: dict[str, Any], made: dict[str, Any], runtime: Runtime) -> bool:
+    """Whether a warm start would still begin as it did: from what was in production, or is its own now."""
+    if "warm_start" not in inputs:
+        return True
+    name = made["model_name"]
+    version = registry_reads.read_alias(runtime, name, registry_reads.PRODUCTION)
+    tags = (registry_reads.read_version(runtime, name, version) if version else None) or {}
+    return tags.get("adapter_sha256") in (inputs["warm_start"], made["adapter_sha256"])
 
 
 def keep_receipt(

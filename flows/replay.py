@@ -11,6 +11,7 @@ from retuner.dataset import open_dataset
 from retuner.errors import Refused
 from retuner.params import check
 from retuner.runtime import Runtime
+from retuner.warm_start import registered_start
 from tasks.context import RunContext, RunObserver
 from tasks.fetch_base import fetch_base
 from tasks.prepare import prepare
@@ -49,6 +50,8 @@ def replay(runtime: Runtime, model: str, version: int, observer: RunObserver) ->
         apart = replace(runtime, home=Path(place, "home"), tracking_uri=f"sqlite:///{place}/mlflow.db")
         dataset = open_dataset(_data_of(lineage["data"], Path(place, "project")))
         run = RunContext(params, apart, dataset, observer)
+        if began := lineage["stages"]["train"]["identity"]["inputs"].get("warm_start"):
+            run.start = registered_start(runtime, model, began)
         told: list[str] = []
 
         def do(step: Step[Any]) -> Any:

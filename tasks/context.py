@@ -14,6 +14,7 @@ from retuner.observe import Observer, Silent
 from retuner.params import Params
 from retuner.runtime import Runtime
 from retuner.store import Store
+from retuner.warm_start import Start
 from tasks.record import StageRecord
 
 
@@ -44,6 +45,8 @@ class RunContext:
     """Where this run is seen elsewhere, e.g. the Prefect flow run."""
     on_mlflow_run: Callable[[str], None] = lambda run_id: None
     """Told the id of the MLflow run when it is opened."""
+    start: Start | None = None
+    """The adapter that a warm start begins as; None for the one in production."""
     _mlflow_run: tracking.Run | None = None
     _incumbents: dict[str, registry_reads.Incumbent | None] = field(default_factory=dict)
 

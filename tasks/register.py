@@ -17,6 +17,7 @@ from retuner.artifacts import (
 from retuner.errors import Refused
 from retuner.metric_stream import MetricStream
 from retuner.params import RegisterParams
+from retuner.warm_start import TRAIN_REQUEST, WARM_START, train_request
 from tasks.context import RunContext
 from tasks.step import Step
 
@@ -64,6 +65,7 @@ def register(
                 "data_md5": run.dataset.md5,
                 "report_digest": report.digest,
                 "git_commit": lineage["git_commit"],
+                **_warm_start_tags(run, lineage["stages"]["train"]["identity"], chats, base),
                 "stage_fingerprints": json.dumps(
                     {r.stage: r.fingerprint for r in (base, splits, chats, adapter, report)}
                     | {"register": work.name}
@@ -144,6 +146,15 @@ def _lineage(run: RunContext, results: tuple[Artifact[Any], ...], decision: Deci
     }
 
 
+def _warm_start_tags(run: RunContext, identity: Any, chats: Chats, base: Base) -> dict[str, str]:
+    """By these a later run finds out whether the adapter in production is its own."""
+    params = run.params.train.model_dump(mode="json")
+    return {
+        WARM_START: identity["inputs"].get("warm_start") or "",
+        TRAIN_REQUEST: train_request(params, chats.digest, base.digest),
+    }
+
+
 def _git_commit() -> str:
     """HEAD, with `+changes` when tracked files differ from it; `unknown` outside a repository."""
 
@@ -186,6 +197,8 @@ def _note_lines(run: RunContext, base: Base, adapter: Adapter) -> dict[str, str]
         "adapter": f"`{facts.sha256}`, {facts.trainable_parameters:,} of {facts.total_parameters:,} parameters",
         "train fingerprint": f"`{adapter.fingerprint}`",
     }
+    if chosen := facts.effective.get("chosen"):
+        lines["chosen"] = chosen
     if flow_run := run.links.get("prefect"):
         lines["Prefect flow run"] = flow_run
     return lines

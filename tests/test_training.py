@@ -16,14 +16,9 @@ from training_job import STEPS, Heard, make_inputs, params, random_rows, run
 
 from retuner.errors import Refused, RetunerError, Unavailable
 from retuner.files import sha256_file
-from retuner.lora import WEIGHTS, choose_targets
+from retuner.lora import WEIGHTS
 from retuner.training import planned_steps
 
-LAYERS = [
-    "model.layers.0.self_attn.qkv_proj",
-    "model.layers.0.self_attn.o_proj",
-    "model.layers.0.mlp.gate_up_proj",
-]
 JOB = Path(__file__).with_name("training_job.py")
 
 
@@ -45,10 +40,12 @@ def adapted_tiny(folder, attention="sdpa", dropout=0.0):
     import torch
 
     from retuner.base import load_model
-    from retuner.lora import linear_layers, put_adapter_on
+    from retuner.lora import put_adapter_on
+    from retuner.skeleton import read_skeleton
+    from retuner.targets import choose_targets
 
     asked = params(lora={"dropout": dropout}).lora
-    targets, _ = choose_targets("all-linear", linear_layers(folder / "base"))
+    targets = choose_targets(asked, read_skeleton(folder / "base"))
     torch.manual_seed(0)
     model = put_adapter_on(load_model(folder / "base", "float32", attention, "cpu"), asked, targets)
     for name, weight in model.named_parameters():
@@ -340,44 +337,7 @@ def test_nothing_is_printed(inputs, capfd):
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
-    "lora,mark", [({"dora": True}, "lora_magnitude_vector"), ({"rslora": True}, None)], ids=["dora", "rslora"]
-)
-def test_variants_of_lora_reach_the_adapter(undisturbed, inputs, lora, mark):
-    from safetensors.torch import load_file
-
-    facts = run(inputs, params(lora=lora))
-    assert facts.sha256 != undisturbed[1].sha256
-    config = json.loads((inputs / "out" / "adapter_config.json").read_text())
-    assert {config["use_dora"], config["use_rslora"]} == {True, False}
-    if mark:
-        assert any(mark in name for name in load_file(inputs / "out" / WEIGHTS))
-
-
 # --- what is refused
-
-
-def test_llama_names_are_translated_to_the_fused_layers(inputs):
-    heard = Heard()
-    asked = ("q_proj", "k_proj", "v_proj", "up_proj")
-    facts = run(inputs, params(max_steps=1, lora={"targets": asked}), heard)
-    assert facts.adapted_modules == {"gate_up_proj": 2, "qkv_proj": 2}
-    assert any(
-        "q_proj is in qkv_proj" in line and "up_proj is in gate_up_proj" in line for line in heard.lines
-    )
-
-
-def test_a_name_that_the_base_has_is_never_translated():
-    llama = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
-    assert choose_targets(("q_proj", "up_proj"), llama) == (("q_proj", "up_proj"), {})
-
-
-@pytest.mark.parametrize("asked", [("o_proj", "qkv"), ("o_proj", "lm_head"), ("proj",)])
-def test_a_target_that_matches_nothing_is_refused_whatever_the_others_match(asked):
-    with pytest.raises(Refused) as refusal:
-        choose_targets(asked, LAYERS)
-    assert asked[-1] in str(refusal.value)
-    assert "gate_up_proj, o_proj, qkv_proj" in str(refusal.value)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ PARAMS: dict[str, Any] = {
     "optimizer": "adamw_torch",
     "weight_decay": 0.01,
     "max_grad_norm": 1.0,
+    "label_smoothing": 0.0,
+    "noise_alpha": None,
+    "stop_early": None,
+    "warm_start": "none",
+    "quantization": None,
     "gradient_checkpointing": False,
     "checkpoint_every_steps": CHECKPOINT_STEPS,
     "log_every_steps": 5,
@@ -45,9 +50,15 @@ LORA: dict[str, Any] = {
     "alpha": 8.0,
     "dropout": 0.1,
     "targets": "all-linear",
+    "layers": "all",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": (),
     "bias": "none",
     "rslora": False,
     "dora": False,
+    "init": "default",
+    "learning_rate_ratio": None,
 }
 
 
