@@ -5,6 +5,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+SAID_ALREADY = (
+    "Setting `save_embedding_layers` to `True`",  # in checkpoints; the adapter's file has them not
+    "Using Rank-Stabilized LoRA with rank_pattern",  # about a conversion of PEFT's that is not used
+    "Careful, disabling adapter layers with bias",
+    "Paged optimizers are not supported on CPU",
+)
+"""Beginnings of what PEFT and bitsandbytes warn of, that is known here and provided for."""
+
 
 @contextmanager
 def reproducible() -> Iterator[None]:
@@ -41,6 +49,8 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # TRL 1.16 sets it by the name that transformers 5.23 has just renamed.
             warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+            for known in SAID_ALREADY:
+                warnings.filterwarnings("ignore", known)
             yield
     finally:
         logging.set_verbosity(verbosity)

@@ -25,6 +25,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 AboveZero = Annotated[float, Field(gt=0)]
 LayerIndex = Annotated[int, Field(ge=0)]
+LayerRange = Annotated[str, Field(pattern=r"^\d+-\d+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 CommitHash = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
@@ -91,7 +92,11 @@ class LoraParams(Strict):
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)]
     """`all-linear`, or names such as qkv_proj, o_proj, gate_up_proj, down_proj, embed_tokens; parts of fused
     layers as qkv_proj.q or, by Llama's name, q_proj."""
-    layers: Literal["all"] | Annotated[str, Field(pattern=r"^\d+-\d+$")] | Annotated[tuple[LayerIndex, ...], Field(min_length=1)]
+    layers: (
+        Literal["all"]
+        | Annotated[str, Field(pattern=r"^\d+-\d+$")]
+        | Annotated[tuple[LayerIndex, ...], Field(min_length=1)]
+    )
     """`all`, a range such as 16-31, or a list; the others stay as they are."""
     rank_pattern: dict[str, Positive]
     """Other ranks for some layers, by name; the longest name that fits counts."""

@@ -41,6 +41,14 @@ def bits_and_bytes(params: QuantizationParams, precision: str) -> Any:
     )
 
 
+def keep_differentiable(model: Any) -> None:
+    """Where a processor has AVX512-BF16, bitsandbytes repacks a weight the first time it is used outside of
+    training, for products in bfloat16 that have no gradient; a measurement in between would end all learning."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 @contextmanager
 def adapter_stays_float32(adapted: Any) -> Iterator[None]:
     """SFTTrainer rounds the adapter of a 4-bit base to bfloat16, in whose eight bits steps of 1e-4 are lost."""

@@ -54,8 +54,7 @@ def row_trainer(
         def create_optimizer(self, model=None):
             if params.lora.learning_rate_ratio is None:
                 return super().create_optimizer(model)
-            if self.optimizer is None:
-                self.optimizer = _lora_plus(self, model or self.model, params)
+            self.optimizer = _lora_plus(self, model or self.model, params)
             return self.optimizer
 
         def create_model_card(self, *args, **kwargs):
@@ -76,9 +75,9 @@ def row_trainer(
             if "loss" in logs:  # There is a summary at the end too.
                 log.take(state.log_history[-1])
                 if stopping and stopping.is_due(state.global_step):
-                    self.consider_stopping(state, control)
+                    self.consider(stopping, state, control)
 
-        def consider_stopping(self, state, control):
+        def consider(self, stopping, state, control):
             """Before the Trainer saves, so that a checkpoint knows what was measured at its own step."""
             step = state.global_step
             state.log_history.append(

@@ -35,7 +35,9 @@ class Stopping:
     def is_due(self, step: int) -> bool:
         return step % self.params.every_steps == 0 or step == self.steps
 
-    def measure(self, model: Any, step: int, autocast: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
+    def measure(
+        self, model: Any, step: int, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> dict[str, float]:
         """The entry for the Trainer's log. The mean is that of the report: over supervised tokens.
 
         The generators are not touched. Errors: RetunerError when the loss is not finite.

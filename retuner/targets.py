@@ -96,7 +96,9 @@ def _matches(
 
     def kept(paths: list[str]) -> list[str]:
         return [
-            path for path in paths if numbers is None or layer_index(path) is None or layer_index(path) in numbers
+            path
+            for path in paths
+            if numbers is None or layer_index(path) is None or layer_index(path) in numbers
         ]
 
     if isinstance(params.targets, str):
@@ -231,9 +233,7 @@ def _by_path(asked: Mapping[str, Any], default: Any, layers: tuple[str, ...], wh
     }
 
 
-def _saved(
-    params: LoraParams, base: Skeleton, layers: tuple[str, ...], quantized: bool
-) -> tuple[str, ...]:
+def _saved(params: LoraParams, base: Skeleton, layers: tuple[str, ...], quantized: bool) -> tuple[str, ...]:
     numbers = layer_numbers(params, base)
     found: list[str] = []
     for name in params.modules_to_save:
@@ -246,13 +246,19 @@ def _saved(
             kinds = sorted({kind_of(path) for path in base.modules} - {"layers", "model"})
             raise Refused(
                 f"train.lora.modules_to_save names {name}, and "
-                + ("none of train.lora.layers has it" if named(name, base.modules) else "this base has no such module"),
+                + (
+                    "none of train.lora.layers has it"
+                    if named(name, base.modules)
+                    else "this base has no such module"
+                ),
                 f"some of {', '.join(kind for kind in kinds if not kind.isdigit())}",
                 "correct train.lora.modules_to_save",
             )
         if base.tied and {base.embedding, base.head} & set(paths):
             _refuse_tied(base, "modules_to_save")
-        if inside := [p for p in paths if any(_contains(p, layer) or _contains(layer, p) for layer in layers)]:
+        if inside := [
+            p for p in paths if any(_contains(p, layer) or _contains(layer, p) for layer in layers)
+        ]:
             raise Refused(
                 f"train.lora.modules_to_save has {inside[0]}, which is or holds a layer that gets an adapter",
                 "a module that learns in full or one that gets an adapter",

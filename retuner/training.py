@@ -36,7 +36,7 @@ from retuner.lora import (
 from retuner.observe import Observer
 from retuner.packing import RowCounts, count_rows, pack, read_rows
 from retuner.params import TrainParams
-from retuner.quantized import bits_and_bytes
+from retuner.quantized import bits_and_bytes, keep_differentiable
 from retuner.row_trainer import row_trainer
 from retuner.skeleton import read_skeleton
 from retuner.step_log import StepLog
@@ -122,7 +122,13 @@ def learned(
 
 
 def _learn(
-    work: Path, chats: Chats, base: Base, params: TrainParams, device: str, observer: Observer, start: Path | None
+    work: Path,
+    chats: Chats,
+    base: Base,
+    params: TrainParams,
+    device: str,
+    observer: Observer,
+    start: Path | None,
 ) -> Learned:
     import torch
 
@@ -145,6 +151,7 @@ def _learn(
     model = load_model(
         base.path, params.precision, params.attention, device, use_cache=False, quantization=packed
     )
+    keep_differentiable(model)
     torch.manual_seed(params.seed)  # For the adapter's first weights; the Trainer seeds itself again.
     model = put_adapter_on(model, params.lora, targets)
     begun = begin_weights(model, params.lora)

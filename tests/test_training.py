@@ -1,25 +1,20 @@
 """An adapter learns what its rows say, the same bytes every time, killed on the way or not."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from projects import ROOT
-from training_job import STEPS, Heard, make_inputs, params, random_rows, run
+from training_job import STEPS, Heard, killed_thrice, make_inputs, params, random_rows, run, trainings
 
 from retuner.errors import Refused, RetunerError, Unavailable
 from retuner.files import sha256_file
 from retuner.lora import WEIGHTS
 from retuner.training import planned_steps
 
-JOB = Path(__file__).with_name("training_job.py")
+
+@pytest.fixture(scope="module")
+def job():
+    with trainings() as start:
+        yield start
 
 
 @pytest.fixture
@@ -218,17 +213,7 @@ def test_another_process_folder_and_hash_seed_give_the_same_bytes(undisturbed, j
 
 
 def test_a_training_killed_thrice_ends_in_the_same_bytes(undisturbed, job, inputs):
-    draw = random.Random(time.time_ns())
-    for at_least in (2, 6, 8):
-        training = job(inputs)
-        wait_for_checkpoint(inputs / "work" / "sealed", at_least)
-        time.sleep(draw.uniform(0, 0.3))
-        training.kill()
-        if training.wait() == 0:
-            break  # It was done before it could be killed.
-    else:
-        assert job(inputs).wait() == 0
-    done = json.loads((inputs / "done.json").read_text())
+    done = killed_thrice(inputs, job, (2, 6, 8))
     assert any("going on after step-" in line for line in done["lines"])
     assert done["sha256"] == undisturbed[1].sha256
 
@@ -286,7 +271,10 @@ def test_what_is_published_names_no_place_of_this_machine(undisturbed):
 
 
 def test_the_chats_folder_is_left_as_it_was(undisturbed):
-    assert [path.name for path in (undisturbed[0] / "chats").iterdir()] == ["train.arrow"]
+    assert sorted(path.name for path in (undisturbed[0] / "chats").iterdir()) == [
+        "held_out.arrow",
+        "train.arrow",
+    ]
 
 
 def test_it_says_how_much_learns_how_much_carries_loss_and_how_full_the_packs_are(undisturbed):
@@ -391,48 +379,3 @@ def test_weights_that_stop_being_finite_in_the_last_step_are_not_written(inputs)
     with pytest.raises(RetunerError, match="not finite"):
         run(inputs, asked)
     assert list((inputs / "out").iterdir()) == []
-
-
-# --- a process to be killed
-
-
-@dataclass
-class Fork:
-    """A training in a fork of the job."""
-
-    pid: int
-    process: subprocess.Popen
-
-    def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
-
-    def wait(self):
-        return int(self.process.stdout.readline())
-
-
-@pytest.fixture(scope="module")
-def job():
-    """Starts trainings in another process, with another order of sets."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        [sys.executable, str(JOB)], env=environment, stdin=pipe, stdout=pipe, text=True
-    )
-
-    def start(folder):
-        process.stdin.write(f"{folder}\n")
-        process.stdin.flush()
-        return Fork(int(process.stdout.readline()), process)
-
-    yield start
-    process.stdin.close()
-    process.wait(60)
-
-
-def wait_for_checkpoint(sealed, at_least):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if any(int(path.name.removeprefix("step-")) >= at_least for path in sealed.glob("step-*")):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no checkpoint of step {at_least} came")
