@@ -41,6 +41,7 @@ def answer_from_receipt(params: Path, overrides: tuple[str, ...], runtime: Runti
     store, records = Store(runtime.store, shared_url=runtime.store_remote), []
     made: dict[str, Any] = {}
     prepared: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     for name, fingerprint in receipt["stages"]:
         began = monotonic()
         manifest = store.verified_manifest(name, fingerprint)
@@ -49,8 +50,10 @@ def answer_from_receipt(params: Path, overrides: tuple[str, ...], runtime: Runti
         records.append(StageRecord(name, "cached", monotonic() - began, fingerprint))
         made = manifest["facts"]
         prepared = manifest["identity"] if name == "prepare" else prepared
+        if name == "train":
+            inputs = manifest["identity"]["inputs"]
     here = (made["model_name"], made["model_version"], made["adapter_sha256"])
-    if not registry_reads.still_registered(runtime, *here):
+    if not registry_reads.still_registered(runtime, *here) or not _would_start_alike(inputs, made, runtime):
         return None
     try:
         if not held_out.still_same(runtime, made["model_name"], prepared):
@@ -58,6 +61,16 @@ def answer_from_receipt(params: Path, overrides: tuple[str, ...], runtime: Runti
     except Refused:
         return None
     return summarise(store, records, runtime)
+
+
+def _would_start_alike(inputs: dict[str, Any], made: dict[str, Any], runtime: Runtime) -> bool:
+    """Whether a warm start would still begin as it did: from what was in production, or is its own now."""
+    if "warm_start" not in inputs:
+        return True
+    name = made["model_name"]
+    version = registry_reads.read_alias(runtime, name, registry_reads.PRODUCTION)
+    tags = (registry_reads.read_version(runtime, name, version) if version else None) or {}
+    return tags.get("adapter_sha256") in (inputs["warm_start"], made["adapter_sha256"])
 
 
 def keep_receipt(

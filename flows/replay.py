@@ -14,6 +14,7 @@ from retuner.held_out import EarlierSet, HeldOutSets
 from retuner.params import check
 from retuner.runtime import Runtime
 from retuner.store import Store
+from retuner.warm_start import registered_start
 from tasks.context import RunContext, RunObserver
 from tasks.fetch_base import fetch_base
 from tasks.prepare import prepare
@@ -53,6 +54,8 @@ def replay(runtime: Runtime, model: str, version: int, observer: RunObserver) ->
         sets = _sets_of(runtime, apart, model, lineage, Path(place), observer)
         dataset = open_dataset(_data_of(lineage["data"], Path(place, "project")))
         run = RunContext(params, apart, dataset, observer, given_sets=sets)
+        if began := lineage["stages"]["train"]["identity"]["inputs"].get("warm_start"):
+            run.start = registered_start(runtime, model, began)
         told: list[str] = []
 
         def do(step: Step[Any]) -> Any:

@@ -83,14 +83,18 @@ class AdapterFacts(Facts):
     sha256: str
     """Of adapter_model.safetensors."""
     trained_steps: int
+    """Those that the adapter learned from; where it stopped early, up to its best step."""
     final_loss: float
     trainable_parameters: int
     total_parameters: int
     adapted_modules: dict[str, int]
     """Module kind (e.g. qkv_proj) to how many of them carry an adapter."""
+    trainable_by_module: dict[str, int]
+    """Module kind to how many of the trainable parameters are its own."""
     packing_fill: float
     effective: dict[str, str]
-    """What the model really ran with: attention, dtype, use_cache, device type; `requested_...` what was asked."""
+    """What the model really ran with: attention, dtype, use_cache, device type; `requested_...` what was asked; and by
+    which held-out rows its step was `chosen`, where it stopped early."""
 
 
 class ReportFacts(Facts):

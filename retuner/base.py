@@ -108,8 +108,11 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_model(folder: Path, dtype: str, attention: str, device: str, use_cache: bool = True) -> Any:
-    """The model of a folder, in eval mode. `dtype` and `attention` are spelled as in TrainParams.
+def load_model(
+    folder: Path, dtype: str, attention: str, device: str, use_cache: bool = True, quantization: Any = None
+) -> Any:
+    """The model of a folder, in eval mode. `dtype` and `attention` are spelled as in TrainParams; `quantization` is
+    a configuration of transformers.
 
     Errors: Refused when a weight is missing or has another shape, which transformers would only warn of and fill at
     random; Unavailable when the attention is not installed.
@@ -119,6 +122,7 @@ def load_model(folder: Path, dtype: str, attention: str, device: str, use_cache:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    packed = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -128,6 +132,7 @@ def load_model(folder: Path, dtype: str, attention: str, device: str, use_cache:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **packed,
         )
     except ImportError as error:
         raise Unavailable(
@@ -145,7 +150,7 @@ def load_model(folder: Path, dtype: str, attention: str, device: str, use_cache:
             "fetch the base again, or save it again with save_pretrained",
         )
     model.config.use_cache = use_cache
-    return model.to(device).eval()
+    return (model if quantization else model.to(device)).eval()
 
 
 # --- sources

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from retuner.errors import RetunerError
 from retuner.files import fsync_folder, fsync_tree, sha256_file, write_whole
 
 MANIFEST = "manifest.json"
@@ -42,39 +43,66 @@ def clear_staging(work: Path) -> Path:
     return work / "staging"
 
 
-def seal(work: Path, staged: Path, step: int) -> Path:
-    """Publish a checkpoint that the Trainer has written, and let go of all but the newest `KEPT`.
+def seal(work: Path, staged: Path, step: int, keep: int | None = None) -> Path:
+    """Publish a checkpoint that the Trainer has written, and let go of all but the newest `KEPT` and that of
+    the step `keep`.
 
     A process that is killed in between leaves the older checkpoints as they were.
     """
     fsync_tree(staged)
     body = {"step": step, "files": _files(staged)}
     write_whole(staged / MANIFEST, json.dumps(body, sort_keys=True).encode())
-    sealed = work / "sealed" / f"step-{step}"
-    sealed.parent.mkdir(exist_ok=True)
-    os.rename(staged, sealed)
-    fsync_folder(sealed.parent)
+    made = sealed(work, step)
+    made.parent.mkdir(exist_ok=True)
+    os.rename(staged, made)
+    fsync_folder(made.parent)
     for old in _newest_first(work)[KEPT:]:
+        if _step(old) == keep:
+            continue
         # Out of the way in one go, so that a half-deleted checkpoint is never met.
         os.rename(old, staged)
         shutil.rmtree(staged)
-    return sealed
+    return made
 
 
-def newest_whole(work: Path, say: Callable[[str], None]) -> Path | None:
+def newest_whole(
+    work: Path, say: Callable[[str], None], needs: Callable[[Path], int | None] = lambda checkpoint: None
+) -> Path | None:
     """The newest checkpoint of which every byte is what its manifest says, or None.
 
-    Those that are not are moved aside, and said.
+    `needs` names the step of another one, without which a whole one is of no use either. Those that cannot be
+    used are moved aside, and said.
     """
     for checkpoint in _newest_first(work):
         try:
             _check(checkpoint)
+            if (other := needs(checkpoint)) is not None:
+                _check_other(work, other)
             return checkpoint
         except Broken as reason:
             aside = work / f"broken-{checkpoint.name}-{time.time_ns()}"
             os.rename(checkpoint, aside)
             say(f"train: the checkpoint {checkpoint.name} is not used, {reason}; it is set aside in {aside}")
     return None
+
+
+def sealed(work: Path, step: int) -> Path:
+    return work / "sealed" / f"step-{step}"
+
+
+def read_weights(work: Path, step: int) -> dict[str, Any]:
+    """The adapter in the checkpoint of a step. Errors: RetunerError when a byte of it is not what was sealed."""
+    from safetensors.torch import load_file
+
+    try:
+        _check(sealed(work, step))
+    except Broken as reason:
+        raise RetunerError(
+            f"the checkpoint {sealed(work, step).name} cannot be used, {reason}",
+            "the adapter that was the best, as it was sealed",
+            "run again: training goes on from what is whole",
+        ) from None
+    return load_file(sealed(work, step) / "adapter_model.safetensors")
 
 
 def _newest_first(work: Path) -> list[Path]:
@@ -103,6 +131,13 @@ def _check(checkpoint: Path) -> None:
             raise Broken(f"{name} does not belong to it")
         if found[name] != recorded[name]:
             raise Broken(f"the bytes of {name} changed")
+
+
+def _check_other(work: Path, step: int) -> None:
+    try:
+        _check(sealed(work, step))
+    except Broken as reason:
+        raise Broken(f"because step-{step}, which it needs, cannot be: {reason}") from None
 
 
 def _files(checkpoint: Path) -> dict[str, dict[str, Any]]:

@@ -99,7 +99,7 @@ def adapter_on(model: Any, folder: Path | None) -> Iterator[None]:
 
     The folder holds adapter_config.json and adapter_model.safetensors of a LoRA; None leaves the model
     as it is. LoRA layers are taken out again, not merely switched off, so that the base is the base
-    whatever the adapter held (biases included).
+    whatever the adapter held (biases and whole modules included).
     Errors: Refused unless the file has exactly the weights the configuration asks for, all finite.
     """
     if folder is None:
@@ -112,7 +112,7 @@ def adapter_on(model: Any, folder: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        adapted.unload()
+        _take_off(model, adapted)
         for name, value in model.named_parameters():
             if name in biases:
                 value.data.copy_(biases[name])
@@ -212,7 +212,7 @@ def put_on(model: Any, folder: Path) -> Any:
         *(f"{key} is not finite" for key in sorted(tensors) if not torch.isfinite(tensors[key]).all()),
     ]
     if wrong:
-        adapted.unload()
+        _take_off(model, adapted)
         raise Refused(
             f"the adapter in {name}/ does not fit: {wrong[0]}"
             + (f", and {len(wrong) - 1} more" if wrong[1:] else ""),
@@ -223,6 +223,20 @@ def put_on(model: Any, folder: Path) -> Any:
     # The new layers' dropout is in training mode until told otherwise.
     model.eval()
     return adapted
+
+
+def _take_off(model: Any, adapted: Any) -> None:
+    from peft.utils import ModulesToSaveWrapper
+
+    # PEFT would leave the adapter's copies of whole modules in the model.
+    own = {
+        name: module.original_module
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    adapted.unload()
+    for name, module in own.items():
+        model.set_submodule(name, module)
 
 
 @contextmanager

@@ -23,6 +23,9 @@ class Strict(BaseModel):
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+AboveZero = Annotated[float, Field(gt=0)]
+LayerIndex = Annotated[int, Field(ge=0)]
+LayerRange = Annotated[str, Field(pattern=r"^\d+-\d+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 CommitHash = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
@@ -133,16 +136,51 @@ class TemplateParams(Strict):
 
 
 class LoraParams(Strict):
-    """The adapter."""
+    """The adapter. A name is that of a module (`o_proj`) or the end of its path (`layers.0.mlp.down_proj`)."""
 
     rank: Positive
-    alpha: Annotated[float, Field(gt=0)]
+    alpha: AboveZero
     dropout: Fraction
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)]
-    """`all-linear`, or names such as qkv_proj, o_proj, gate_up_proj, down_proj."""
+    """`all-linear`, or names such as qkv_proj, o_proj, gate_up_proj, down_proj, embed_tokens; parts of fused
+    layers as qkv_proj.q or, by Llama's name, q_proj."""
+    layers: (
+        Literal["all"]
+        | Annotated[str, Field(pattern=r"^\d+-\d+$")]
+        | Annotated[tuple[LayerIndex, ...], Field(min_length=1)]
+    )
+    """`all`, a range such as 16-31, or a list; the others stay as they are."""
+    rank_pattern: dict[str, Positive]
+    """Other ranks for some layers, by name; the longest name that fits counts."""
+    alpha_pattern: dict[str, AboveZero]
+    modules_to_save: tuple[str, ...]
+    """Modules that learn in full and are saved beside the adapter, e.g. embed_tokens, lm_head, norm."""
     bias: Literal["none", "all", "lora_only"]
     rslora: bool
     dora: bool
+    init: Literal["default", "pissa", "pissa_fast", "olora"]
+    """What A and B start as. Only `default` leaves the base as it is while training; the adapter is written as
+    plain LoRA of twice the rank, for the unchanged base, in any case."""
+    learning_rate_ratio: Annotated[float, Field(ge=1)] | None
+    """LoRA+: how many times the learning rate of A that of B is; null for the same."""
+
+
+class QuantizationParams(Strict):
+    """QLoRA: the base's linear layers in 4 bits while training."""
+
+    kind: Literal["nf4", "fp4"]
+    double: bool
+    """Quantise the quantisation's own scales too: 0.4 bits a weight less."""
+
+
+class StopEarlyParams(Strict):
+    """Stop when the held-out loss stops falling; the adapter is that of the step with the lowest one."""
+
+    every_steps: Positive
+    patience: Positive
+    """How many measurements in a row may bring no improvement."""
+    min_improvement: Annotated[float, Field(ge=0)]
+    """Nats a token that count as one."""
 
 
 class TrainParams(Strict):
@@ -159,9 +197,18 @@ class TrainParams(Strict):
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"]
     warmup_fraction: Fraction
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"]
+    optimizer: Literal[
+        "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "paged_adamw_8bit", "paged_adamw_32bit"
+    ]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
+    label_smoothing: Fraction
+    """Share of the target that is spread evenly over the vocabulary."""
+    noise_alpha: AboveZero | None
+    """NEFTune: uniform noise of ±alpha/√(tokens·width) on a row's embeddings while training."""
+    stop_early: StopEarlyParams | None
+    warm_start: Literal["none", "production"]
+    quantization: QuantizationParams | None
     gradient_checkpointing: bool
     checkpoint_every_steps: Positive
     log_every_steps: Positive
@@ -171,6 +218,19 @@ class TrainParams(Strict):
     def _one_length(self):
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("exactly one of max_steps and epochs must be a number, the other null")
+        return self
+
+    @model_validator(mode="after")
+    def _one_beginning(self):
+        if self.lora.init != "default" and self.warm_start != "none":
+            raise ValueError(
+                f"warm_start is {self.warm_start} and lora.init is {self.lora.init}: an adapter begins once"
+            )
+        if self.lora.init != "default" and self.quantization:
+            raise ValueError(
+                f"lora.init is {self.lora.init}, which takes its share out of the base's weights, and "
+                "quantization would round what is left: use init default"
+            )
         return self
 
 

@@ -6,9 +6,12 @@ from typing import Any
 
 from retuner import checkpoints
 from retuner.lora import refuse_not_finite
+from retuner.noise import EmbeddingNoise
 from retuner.packing import NO_LOSS, PAD_ID, collator, take_token_count
 from retuner.params import TrainParams
+from retuner.quantized import adapter_stays_float32
 from retuner.step_log import StepLog
+from retuner.stopping import Stopping
 
 PAD = "<pad>"
 
@@ -22,23 +25,38 @@ def row_trainer(
     device: str,
     staging: Path,
     log: StepLog,
+    stopping: Stopping | None = None,
 ) -> Any:
     """A Trainer that is ready to `train(resume_from_checkpoint=...)`; it seals checkpoints beside `staging`.
 
-    Its `train` raises RetunerError in the step in which a number stops being finite.
+    Its `train` raises RetunerError in the step in which a number stops being finite, and returns before the last
+    step where `stopping` says so.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
     from trl import SFTTrainer
 
+    noise = EmbeddingNoise(model, params.noise_alpha) if params.noise_alpha else None
+    # TRL's own loss knows no smoothing that would not cost it a second pass, and takes the head for frozen.
+    ours = device == "cpu" or params.label_smoothing > 0 or _learns(model.get_output_embeddings())
+
     class RowTrainer(SFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             log.tokens += take_token_count(inputs)
-            if self.args.device.type != "cpu":
+            if noise:
+                noise.expect(inputs)
+            if not ours:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             with self.accelerator.autocast():
-                return supervised_loss(self.model.get_base_model(), inputs, num_items_in_batch)
+                base = self.model.get_base_model()
+                return supervised_loss(base, inputs, num_items_in_batch, params.label_smoothing)
+
+        def create_optimizer(self, model=None):
+            if params.lora.learning_rate_ratio is None:
+                return super().create_optimizer(model)
+            self.optimizer = _lora_plus(self, model or self.model, params)
+            return self.optimizer
 
         def create_model_card(self, *args, **kwargs):
             """TRL writes one beside every checkpoint."""
@@ -46,6 +64,8 @@ def row_trainer(
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             log.begin(state.log_history)
+            if stopping:
+                stopping.begin(state.log_history)
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == steps:
@@ -55,11 +75,26 @@ def row_trainer(
         def on_log(self, args, state, control, logs, **kwargs):
             if "loss" in logs:  # There is a summary at the end too.
                 log.take(state.log_history[-1])
+                if stopping and stopping.is_due(state.global_step):
+                    self.consider(stopping, state, control)
+
+        def consider(self, stopping, state, control):
+            """Before the Trainer saves, so that a checkpoint knows what was measured at its own step."""
+            step = state.global_step
+            state.log_history.append(
+                stopping.measure(model.get_base_model(), step, trainer.accelerator.autocast)
+            )
+            if stopping.is_time and step < steps:
+                control.should_training_stop = True
+                log.end(step)
+            ends = control.should_training_stop or step == steps
+            control.should_save = not ends and (control.should_save or stopping.best_step == step)
 
         def on_save(self, args, state, control, **kwargs):
             refuse_not_finite(model, state.global_step)
             staged = staging / f"checkpoint-{state.global_step}"
-            checkpoints.seal(staging.parent, staged, state.global_step)
+            best = stopping.best_step if stopping else None
+            checkpoints.seal(staging.parent, staged, state.global_step, keep=best)
 
     # The rows need no tokenizer, only SFTTrainer's constructor does.
     stub = PreTrainedTokenizerFast(
@@ -67,14 +102,15 @@ def row_trainer(
         pad_token=PAD,
         eos_token=PAD,
     )
-    trainer = RowTrainer(
-        model=model,
-        args=_arguments(params, steps, device, staging),
-        train_dataset=sequences,
-        data_collator=collator(packed, params.attention),
-        processing_class=stub,
-        callbacks=[Watch()],
-    )
+    with adapter_stays_float32(model):
+        trainer = RowTrainer(
+            model=model,
+            args=_arguments(params, steps, device, staging),
+            train_dataset=sequences,
+            data_collator=collator(packed, params.attention),
+            processing_class=stub,
+            callbacks=[Watch()],
+        )
     # Kept, it would be saved in every checkpoint and its token ids written into the model's config.
     trainer.processing_class = None
     trainer.remove_callback(PrinterCallback)
@@ -118,8 +154,28 @@ def _arguments(params: TrainParams, steps: int, device: str, staging: Path) -> A
     return arguments
 
 
-def supervised_loss(causal: Any, inputs: dict[str, Any], items: Any) -> Any:
-    """Nats summed over the batch's supervised tokens, divided by `items`.
+def _learns(module: Any) -> bool:
+    return any(weight.requires_grad for weight in module.parameters())
+
+
+def _lora_plus(trainer: Any, model: Any, params: TrainParams) -> Any:
+    """PEFT's LoRA+ optimizer: B, biases and magnitudes learn `learning_rate_ratio` times as fast."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    return create_loraplus_optimizer(
+        model,
+        kind,
+        loraplus_lr_ratio=params.lora.learning_rate_ratio,
+        loraplus_weight_decay=params.weight_decay,
+        # Left to itself PEFT takes 1e-6 for adapters of embeddings, whatever the learning rate is.
+        loraplus_lr_embedding=params.learning_rate,
+        **settings,
+    )
+
+
+def supervised_loss(causal: Any, inputs: dict[str, Any], items: Any, label_smoothing: float = 0.0) -> Any:
+    """Nats summed over the batch's supervised tokens, divided by `items`. `label_smoothing` is torch's.
 
     Logits are made for supervised positions only. TRL does so on GPUs; on a CPU it makes them for every
     position, three times over, which with a vocabulary of 49 152 costs a 135M model more than the rest of it.
@@ -130,5 +186,7 @@ def supervised_loss(causal: Any, inputs: dict[str, Any], items: Any) -> Any:
     supervised = targets != NO_LOSS
     hidden = causal.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     logits = causal.get_output_embeddings()(hidden[supervised]).float()
-    nats = torch.nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
+    nats = torch.nn.functional.cross_entropy(
+        logits, targets[supervised], reduction="sum", label_smoothing=label_smoothing
+    )
     return nats / torch.as_tensor(items).clamp(min=1)

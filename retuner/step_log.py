@@ -52,6 +52,12 @@ class StepLog:
         if self._is_point(step):
             self.observer.metrics(*self._point(step))
 
+    def end(self, step: int) -> None:
+        """The last step is this one, earlier than planned."""
+        planned, self.steps = self.steps, step
+        if step % self.every and step != planned:
+            self.observer.metrics(*self._point(step))
+
     def points(self) -> list[Point]:
         """Every `every` steps and after the last."""
         return [self._point(step) for step in range(1, self.steps + 1) if self._is_point(step)]

@@ -9,23 +9,26 @@ optimizer keeps of them in float32, because steps of 1e-4 are lost in bfloat16's
 import gc
 import json
 import math
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retuner import checkpoints
 from retuner.artifacts import AdapterFacts, Base, Chats
 from retuner.base import load_model
-from retuner.errors import Refused, RetunerError, Unavailable
+from retuner.determinism import quiet, reproducible
+from retuner.errors import RetunerError
+from retuner.feasible import refuse_what_cannot_work
 from retuner.files import sha256_file
 from retuner.lora import (
     WEIGHTS,
-    choose_targets,
+    begin_weights,
     count_adapted,
-    linear_layers,
+    count_trainable,
+    describe_trainable,
+    load_weights,
     put_adapter_on,
     refuse_not_finite,
     write_adapter,
@@ -33,80 +36,169 @@ from retuner.lora import (
 from retuner.observe import Observer
 from retuner.packing import RowCounts, count_rows, lay_out, read_rows
 from retuner.params import TrainParams
+from retuner.quantized import bits_and_bytes, keep_differentiable
 from retuner.row_trainer import row_trainer
+from retuner.skeleton import read_skeleton
 from retuner.step_log import StepLog
+from retuner.stopping import HELD_OUT_LOSS, Stopping, needed_by
+from retuner.targets import Targets, choose_targets
+from retuner.warm_start import read_start
+
+
+@dataclass
+class Learned:
+    """A model with its trained adapter still on it."""
+
+    model: Any
+    begun: dict[str, Any]
+    """See `retuner.lora.begin_weights`."""
+    targets: Targets
+    steps: int
+    """Those that the adapter has learned from."""
+    log: StepLog
+    stopping: Stopping | None
+    resumed: Path | None
+    packing_fill: float
 
 
 def train(
-    out: Path, work: Path, chats: Chats, base: Base, params: TrainParams, device: str, observer: Observer
+    out: Path,
+    work: Path,
+    chats: Chats,
+    base: Base,
+    params: TrainParams,
+    device: str,
+    observer: Observer,
+    start: Path | None = None,
 ) -> AdapterFacts:
     """Write adapter_model.safetensors, adapter_config.json and what people can look at into `out`.
 
-    `work` survives a kill: a later call with the same params goes on from its newest whole checkpoint.
+    `work` survives a kill: a later call with the same params goes on from its newest whole checkpoint. `start` is
+    a folder with the adapter to begin as, for a warm start.
     Errors: Refused or Unavailable, before any weight is loaded, when this cannot work; RetunerError when
     the numbers stop being finite.
     """
+    with learned(work, chats, base, params, device, observer, start) as result:
+        write_adapter(out, result.model, base.facts.source, result.begun)
+        effective = _effective(result, params)
+        points = result.log.points()
+        _write_aside(out / "aside", result, points, effective)
+        trainable = count_trainable(result.model, result.targets)
+        return AdapterFacts(
+            sha256=sha256_file(out / WEIGHTS),
+            trained_steps=result.steps,
+            final_loss=points[-1][1]["loss"],
+            trainable_parameters=sum(trainable.values()),
+            total_parameters=result.model.get_nb_trainable_parameters()[1],
+            adapted_modules=count_adapted(result.model),
+            trainable_by_module=trainable,
+            packing_fill=result.packing_fill,
+            effective=effective,
+        )
+
+
+@contextmanager
+def learned(
+    work: Path,
+    chats: Chats,
+    base: Base,
+    params: TrainParams,
+    device: str,
+    observer: Observer,
+    start: Path | None = None,
+) -> Iterator[Learned]:
+    """As `train`, before anything is written. Afterwards the model is let go of."""
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    staging = checkpoints.clear_staging(work)
-    with _reproducible(), _quiet():
-        rows = read_rows(chats.path / "train.arrow")
-        counts = count_rows(rows)
-        _refuse_what_cannot_work(counts, params, device)
-        targets, translated = choose_targets(params.lora.targets, linear_layers(base.path))
-        if translated:
-            names = ", ".join(f"{llama} is in {fused}" for llama, fused in translated.items())
-            observer.say(f"train: adapting {', '.join(targets)}; in this base {names}")
-
-        packs = chats.path / "packs.arrow"
-        packed = packs.exists()
-        if packed:
-            sequences, sequence_tokens = lay_out(rows, packs, work / "packed.arrow")
-        else:
-            sequences, sequence_tokens = rows, counts.longest_tokens
-        slots = len(sequences) * sequence_tokens
-        steps = planned_steps(len(sequences), params)
-        model = load_model(base.path, params.precision, params.attention, device, use_cache=False)
-        torch.manual_seed(params.seed)  # For the adapter's first weights; the Trainer seeds itself again.
-        model = put_adapter_on(model, params.lora, targets)
-        trainable, total = model.get_nb_trainable_parameters()
-        adapted = count_adapted(model)
-        observer.say(
-            f"train: {trainable:,} of {total:,} parameters learn ({100 * trainable / total:.2f} %), in "
-            f"{', '.join(f'{count} {kind}' for kind, count in adapted.items())}; "
-            f"{100 * counts.supervised_tokens / counts.tokens:.0f} % of {counts.tokens:,} tokens carry loss; "
-            f"{'packing fills' if packed else 'not packed, rows fill'} {100 * counts.tokens / slots:.1f} %"
-        )
-
-        log = StepLog(params.log_every_steps, steps, observer)
-        trainer = row_trainer(model, sequences, packed, params, steps, device, staging, log)
-        resumed = checkpoints.newest_whole(work, observer.say)
-        if resumed:
-            observer.say(f"train: going on after {resumed.name} of {steps}")
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        if trainer.state.global_step != steps:
-            raise RetunerError(f"training ended after step {trainer.state.global_step}", f"{steps} steps")
-        refuse_not_finite(model, steps)
-        write_adapter(out, model, base.facts.source)
-
-        effective = _effective(model, device, params)
-        points = log.points()
-        _write_aside(out / "aside", points, log.entries, effective, resumed)
-        del trainer, model
+    with reproducible(), quiet():
+        result = _learn(work, chats, base, params, device, observer, start)
+        yield result
+        result.model = None
         if device == "cuda":
             gc.collect()  # The Trainer and its model point at each other.
             torch.cuda.empty_cache()
-    return AdapterFacts(
-        sha256=sha256_file(out / WEIGHTS),
-        trained_steps=steps,
-        final_loss=points[-1][1]["loss"],
-        trainable_parameters=trainable,
-        total_parameters=total,
-        adapted_modules=adapted,
-        packing_fill=counts.tokens / slots,
-        effective=effective,
+
+
+def _learn(
+    work: Path,
+    chats: Chats,
+    base: Base,
+    params: TrainParams,
+    device: str,
+    observer: Observer,
+    start: Path | None,
+) -> Learned:
+    import torch
+
+    staging = checkpoints.clear_staging(work)
+    rows = read_rows(chats.path / "train.arrow")
+    counts = count_rows(rows)
+    refuse_what_cannot_work(counts, params, device)
+    targets = choose_targets(params.lora, read_skeleton(base.path), quantized=params.quantization is not None)
+    if targets.told:
+        observer.say(f"train: adapting {', '.join(targets.names)}; in this base {', '.join(targets.told)}")
+    weights = read_start(start, base.path, params.lora, targets) if start else None
+
+    packs = chats.path / "packs.arrow"
+    packed = packs.exists()
+    if packed:
+        sequences, sequence_tokens = lay_out(rows, packs, work / "packed.arrow")
+    else:
+        sequences, sequence_tokens = rows, counts.longest_tokens
+    fill = counts.tokens / (len(sequences) * sequence_tokens)
+    steps = planned_steps(len(sequences), params)
+    stopping = None
+    if params.stop_early:
+        stopping = Stopping(params.stop_early, chats.path / "held_out.arrow", steps, observer)
+    bits = bits_and_bytes(params.quantization, params.precision) if params.quantization else None
+    model = load_model(
+        base.path, params.precision, params.attention, device, use_cache=False, quantization=bits
+    )
+    keep_differentiable(model)
+    torch.manual_seed(params.seed)  # For the adapter's first weights; the Trainer seeds itself again.
+    model = put_adapter_on(model, params.lora, targets)
+    begun = begin_weights(model, params.lora)
+    if weights:
+        load_weights(model, weights)
+    _say_what_learns(model, targets, counts, packed, fill, observer)
+
+    log = StepLog(params.log_every_steps, steps, observer)
+    trainer = row_trainer(model, sequences, packed, params, steps, device, staging, log, stopping)
+    resumed = checkpoints.newest_whole(work, observer.say, needed_by)
+    if resumed:
+        observer.say(f"train: going on after {resumed.name} of {steps}")
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    finished = trainer.state.global_step
+    if finished != log.steps:
+        raise RetunerError(f"training ended after step {finished}", f"{log.steps} steps")
+    refuse_not_finite(model, finished)
+    if stopping:
+        observer.say(f"train: the adapter is that of {stopping.story(finished)}")
+        if stopping.best_step != finished:
+            load_weights(model, checkpoints.read_weights(work, stopping.best_step))
+    return Learned(
+        model=model,
+        begun=begun,
+        targets=targets,
+        steps=stopping.best_step if stopping else finished,
+        log=log,
+        stopping=stopping,
+        resumed=resumed,
+        packing_fill=fill,
+    )
+
+
+def _say_what_learns(
+    model: Any, targets: Targets, counts: RowCounts, packed: bool, fill: float, observer: Observer
+) -> None:
+    trainable, total = sum(count_trainable(model, targets).values()), model.get_nb_trainable_parameters()[1]
+    observer.say(
+        f"train: {trainable:,} of {total:,} parameters learn ({100 * trainable / total:.2f} %), in "
+        f"{describe_trainable(model, targets)}; "
+        f"{100 * counts.supervised_tokens / counts.tokens:.0f} % of {counts.tokens:,} tokens carry loss; "
+        f"{'packing fills' if packed else 'not packed, rows fill'} {100 * fill:.1f} %"
     )
 
 
@@ -118,129 +210,51 @@ def planned_steps(sequences: int, params: TrainParams) -> int:
     return math.ceil(math.ceil(sequences / a_step) * params.epochs)  # type: ignore[operator]  # one is set
 
 
-def _effective(model: Any, device: str, params: TrainParams) -> dict[str, str]:
+def _effective(result: Learned, params: TrainParams) -> dict[str, str]:
     """What it came to, as the model says it, and beside it what was asked for."""
     import torch
 
-    return {
-        "attention": str(model.config._attn_implementation),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "use_cache": str(model.config.use_cache),
+    config, device = result.model.config, result.model.device
+    told = {
+        "attention": str(config._attn_implementation),
+        "dtype": str(result.model.dtype).removeprefix("torch."),
+        "use_cache": str(config.use_cache),
         "requested_attention": params.attention,
         "requested_dtype": params.precision,
         "requested_use_cache": "False",
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "threads": str(torch.get_num_threads()),
     }
-
-
-def _refuse_what_cannot_work(counts: RowCounts, params: TrainParams, device: str) -> None:
-    import torch
-    from transformers.utils import is_flash_attn_2_available
-
-    if not counts.rows:
-        raise Refused("there are no rows to train on", "at least one", "add chats")
-    if not counts.supervised_tokens:
-        raise Refused(
-            f"none of {counts.tokens:,} tokens carries loss",
-            "answers to learn from",
-            "look at the sample page of the template stage",
+    if packed := getattr(config, "quantization_config", None):
+        told["quantization"] = (
+            f"{packed.bnb_4bit_quant_type}{', double' if packed.bnb_4bit_use_double_quant else ''}, computes in "
+            f"{str(packed.bnb_4bit_compute_dtype).removeprefix('torch.')}; evaluated and served on the base as it is"
         )
-    if params.schedule == "constant" and params.warmup_fraction:
-        raise Refused(
-            f"train.warmup_fraction is {params.warmup_fraction}, and the schedule constant has no warm-up",
-            "train.schedule constant_with_warmup, or no warm-up",
-            "correct one of the two",
-        )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise Unavailable(
-            "there is no CUDA device", "one that PyTorch can use", "set RETUNER_DEVICE to cpu or auto"
-        )
-    if params.attention == "flash_attention_2":
-        if device != "cuda" or params.precision != "bfloat16":
-            raise Refused(
-                f"train.attention is flash_attention_2 with {params.precision} on {device}",
-                "bfloat16 on a CUDA device",
-                "set train.attention to sdpa",
-            )
-        if not is_flash_attn_2_available():
-            raise Unavailable(
-                "flash_attention_2 is not installed",
-                "the package flash-attn",
-                "install it or set train.attention to sdpa",
-            )
-    if (
-        params.precision == "bfloat16"
-        and device == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise Refused(
-            f"{torch.cuda.get_device_name()} has no bfloat16",
-            "an Ampere GPU or newer",
-            "set train.precision to float32",
-        )
-
-
-@contextmanager
-def _reproducible() -> Iterator[None]:
-    """Deterministic algorithms, and as many threads as there are cores to use: sums of floats depend on both."""
-    import psutil
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.get_deterministic_debug_mode(), torch.get_num_threads()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs that costs time
-    if "OMP_NUM_THREADS" not in os.environ:
-        usable = len(os.sched_getaffinity(0))
-        torch.set_num_threads(min(psutil.cpu_count(logical=False) or usable, usable))
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(before[0])
-        torch.set_num_threads(before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and advice from transformers and datasets; errors pass."""
-    import datasets
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            # TRL 1.16 sets it by the name that transformers 5.23 has just renamed.
-            warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if not bars:
-            datasets.enable_progress_bars()
+    if result.begun:
+        told["written_as"] = f"plain LoRA of twice the rank, for the base as it is ({params.lora.init})"
+    if result.stopping:
+        told["chosen"] = result.stopping.story(result.log.steps)
+    return told
 
 
 def _write_aside(
-    aside: Path,
-    points: list[tuple[int, dict[str, float]]],
-    entries: list[dict[str, float]],
-    effective: dict[str, str],
-    resumed: Path | None,
+    aside: Path, result: Learned, points: list[tuple[int, dict[str, float]]], effective: dict[str, str]
 ) -> None:
     aside.mkdir()
+    measured = result.stopping.measured if result.stopping else []
+    points = [*points, *((int(each["step"]), {HELD_OUT_LOSS: each[HELD_OUT_LOSS]}) for each in measured)]
     lines = (
-        json.dumps({"step": step, "metrics": metrics}, sort_keys=True) + "\n" for step, metrics in points
+        json.dumps({"step": step, "metrics": metrics}, sort_keys=True) + "\n"
+        for step, metrics in sorted(points, key=lambda point: point[0])
     )
     (aside / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    entries = result.log.entries
     seconds = sum(entry["seconds"] for entry in entries)
     story = {
         **effective,
         "step_seconds": round(seconds, 3),
         "tokens_per_second": round(sum(entry["tokens"] for entry in entries) / seconds, 1),
-        "resumed_after": resumed.name if resumed else None,
+        "resumed_after": result.resumed.name if result.resumed else None,
     }
     (aside / "effective.json").write_text(
         json.dumps(story, indent=2, sort_keys=True) + "\n", encoding="utf-8"

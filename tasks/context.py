@@ -14,6 +14,7 @@ from retuner.observe import Observer, Silent
 from retuner.params import Params
 from retuner.runtime import Runtime
 from retuner.store import Store
+from retuner.warm_start import Start
 from tasks.record import StageRecord
 
 
@@ -46,6 +47,8 @@ class RunContext:
     """Told the id of the MLflow run when it is opened."""
     given_sets: held_out.HeldOutSets | None = None
     """The held-out sets that a replay was given; None: those of the project and the registry, as they are."""
+    start: Start | None = None
+    """The adapter that a warm start begins as; None for the one in production."""
     _mlflow_run: tracking.Run | None = None
     _incumbents: dict[str, registry_reads.Incumbent | None] = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ from retuner.errors import Refused
 from retuner.files import sha256_file
 from retuner.metric_stream import MetricStream
 from retuner.params import RegisterParams
+from retuner.warm_start import TRAIN_REQUEST, WARM_START, train_request
 from tasks.context import RunContext
 from tasks.step import Step
 
@@ -71,6 +72,7 @@ def register(
                 "git_commit": lineage["git_commit"],
                 "split_rule": rule,
                 "held_out_digest": sha256_file(splits.path / "held_out.jsonl"),
+                **_warm_start_tags(run, lineage["stages"]["train"]["identity"], chats, base),
                 "stage_fingerprints": json.dumps(
                     {r.stage: r.fingerprint for r in (base, splits, chats, adapter, report)}
                     | {"register": work.name}
@@ -172,6 +174,15 @@ def _lineage(run: RunContext, results: tuple[Artifact[Any], ...], decision: Deci
     }
 
 
+def _warm_start_tags(run: RunContext, identity: Any, chats: Chats, base: Base) -> dict[str, str]:
+    """By these a later run finds out whether the adapter in production is its own."""
+    params = run.params.train.model_dump(mode="json")
+    return {
+        WARM_START: identity["inputs"].get("warm_start") or "",
+        TRAIN_REQUEST: train_request(params, chats.digest, base.digest),
+    }
+
+
 def _git_commit() -> str:
     """HEAD, with `+changes` when tracked files differ from it; `unknown` outside a repository."""
 
@@ -215,6 +226,8 @@ def _note_lines(run: RunContext, base: Base, adapter: Adapter) -> dict[str, str]
     }
     if differs := run_page.not_as_requested(facts.effective):
         lines["not as requested"] = differs
+    if chosen := facts.effective.get("chosen"):
+        lines["chosen"] = chosen
     if flow_run := run.links.get("prefect"):
         lines["Prefect flow run"] = flow_run
     return lines

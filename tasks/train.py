@@ -1,28 +1,52 @@
 from pathlib import Path
+from typing import Any
 
-from retuner import training
+from retuner import registry, training
 from retuner.artifacts import AdapterFacts, Base, Chats
 from retuner.metric_stream import MetricStream
 from retuner.observe import Tee
 from retuner.params import TrainParams
+from retuner.quantized import needs_bitsandbytes, require_bitsandbytes
+from retuner.warm_start import production_start, train_request
 from tasks.context import RunContext
 from tasks.step import Step
 
 
 def train(run: RunContext, chats: Chats, base: Base, params: TrainParams) -> Step[AdapterFacts]:
     """A LoRA adapter; step metrics go to MLflow while it learns."""
+    require_bitsandbytes(params)
+    spelled = params.model_dump(mode="json")
+    inputs: dict[str, Any] = {"chats": chats.digest, "base": base.digest}
+    start = None
+    if params.warm_start == "production":
+        start = run.start
+        if start is None:
+            request = train_request(spelled, chats.digest, base.digest)
+            start = production_start(run.runtime, run.params.register_.model_name, request)
+        inputs["warm_start"] = start.sha256 if start else None
 
     def build(out: Path, work: Path) -> AdapterFacts:
+        folder = None
+        if start:
+            folder = work / "start"
+            registry.fetch_adapter(start.runtime, start.model_name, start.version, folder, base)
+            run.observer.say(f"train: learning on from {start.model_name} version {start.version}")
+        elif params.warm_start == "production":
+            run.observer.say("train: nothing is in production to learn on from; the adapter begins at zero")
         with MetricStream(run.mlflow_run(work.name), run.observer.say) as stream:
             listener = Tee(run.observer, stream)
-            return training.train(out, work, chats, base, params, run.runtime.device, listener)
+            return training.train(out, work, chats, base, params, run.runtime.device, listener, folder)
 
+    extra = ("bitsandbytes",) if needs_bitsandbytes(params) else ()
     return Step(
         stage="train",
         code=("retuner.training:train",),
-        libraries=("accelerate", "datasets", "numpy", "peft", "safetensors", "torch", "transformers", "trl"),
-        params=params.model_dump(mode="json"),
-        inputs={"chats": chats.digest, "base": base.digest},
+        libraries=(
+            *("accelerate", "datasets", "numpy", "peft", "safetensors", "torch", "transformers", "trl"),
+            *extra,
+        ),
+        params=spelled,
+        inputs=inputs,
         uses=(chats, base),
         facts=AdapterFacts,
         build=build,

@@ -105,6 +105,7 @@ def artifact(folder: Path) -> Adapter:
         trainable_parameters=1,
         total_parameters=1,
         adapted_modules={},
+        trainable_by_module={},
         packing_fill=1.0,
         effective={},
     )

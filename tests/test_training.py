@@ -1,30 +1,20 @@
 """An adapter learns what its rows say, the same bytes every time, killed on the way or not."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from projects import ROOT
-from training_job import STEPS, Heard, make_inputs, params, random_rows, run
+from training_job import STEPS, Heard, killed_thrice, make_inputs, params, random_rows, run, trainings
 
 from retuner.errors import Refused, RetunerError, Unavailable
 from retuner.files import sha256_file
-from retuner.lora import WEIGHTS, choose_targets
+from retuner.lora import WEIGHTS
 from retuner.training import planned_steps
 
-LAYERS = [
-    "model.layers.0.self_attn.qkv_proj",
-    "model.layers.0.self_attn.o_proj",
-    "model.layers.0.mlp.gate_up_proj",
-]
-JOB = Path(__file__).with_name("training_job.py")
+
+@pytest.fixture(scope="module")
+def job():
+    with trainings() as start:
+        yield start
 
 
 @pytest.fixture
@@ -45,10 +35,12 @@ def adapted_tiny(folder, attention="sdpa", dropout=0.0):
     import torch
 
     from retuner.base import load_model
-    from retuner.lora import linear_layers, put_adapter_on
+    from retuner.lora import put_adapter_on
+    from retuner.skeleton import read_skeleton
+    from retuner.targets import choose_targets
 
     asked = params(lora={"dropout": dropout}).lora
-    targets, _ = choose_targets("all-linear", linear_layers(folder / "base"))
+    targets = choose_targets(asked, read_skeleton(folder / "base"))
     torch.manual_seed(0)
     model = put_adapter_on(load_model(folder / "base", "float32", attention, "cpu"), asked, targets)
     for name, weight in model.named_parameters():
@@ -227,17 +219,7 @@ def test_another_process_folder_and_hash_seed_give_the_same_bytes(undisturbed, j
 
 
 def test_a_training_killed_thrice_ends_in_the_same_bytes(undisturbed, job, inputs):
-    draw = random.Random(time.time_ns())
-    for at_least in (2, 6, 8):
-        training = job(inputs)
-        wait_for_checkpoint(inputs / "work" / "sealed", at_least)
-        time.sleep(draw.uniform(0, 0.3))
-        training.kill()
-        if training.wait() == 0:
-            break  # It was done before it could be killed.
-    else:
-        assert job(inputs).wait() == 0
-    done = json.loads((inputs / "done.json").read_text())
+    done = killed_thrice(inputs, job, (2, 6, 8))
     assert any("going on after step-" in line for line in done["lines"])
     assert done["sha256"] == undisturbed[1].sha256
 
@@ -296,7 +278,7 @@ def test_what_is_published_names_no_place_of_this_machine(undisturbed):
 
 def test_the_chats_folder_is_left_as_it_was(undisturbed):
     names = sorted(path.name for path in (undisturbed[0] / "chats").iterdir())
-    assert names == ["packs.arrow", "train.arrow"]
+    assert names == ["held_out.arrow", "packs.arrow", "train.arrow"]
 
 
 def test_it_says_how_much_learns_how_much_carries_loss_and_how_full_the_packs_are(undisturbed):
@@ -347,44 +329,7 @@ def test_nothing_is_printed(inputs, capfd):
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
-    "lora,mark", [({"dora": True}, "lora_magnitude_vector"), ({"rslora": True}, None)], ids=["dora", "rslora"]
-)
-def test_variants_of_lora_reach_the_adapter(undisturbed, inputs, lora, mark):
-    from safetensors.torch import load_file
-
-    facts = run(inputs, params(lora=lora))
-    assert facts.sha256 != undisturbed[1].sha256
-    config = json.loads((inputs / "out" / "adapter_config.json").read_text())
-    assert {config["use_dora"], config["use_rslora"]} == {True, False}
-    if mark:
-        assert any(mark in name for name in load_file(inputs / "out" / WEIGHTS))
-
-
 # --- what is refused
-
-
-def test_llama_names_are_translated_to_the_fused_layers(inputs):
-    heard = Heard()
-    asked = ("q_proj", "k_proj", "v_proj", "up_proj")
-    facts = run(inputs, params(max_steps=1, lora={"targets": asked}), heard)
-    assert facts.adapted_modules == {"gate_up_proj": 2, "qkv_proj": 2}
-    assert any(
-        "q_proj is in qkv_proj" in line and "up_proj is in gate_up_proj" in line for line in heard.lines
-    )
-
-
-def test_a_name_that_the_base_has_is_never_translated():
-    llama = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
-    assert choose_targets(("q_proj", "up_proj"), llama) == (("q_proj", "up_proj"), {})
-
-
-@pytest.mark.parametrize("asked", [("o_proj", "qkv"), ("o_proj", "lm_head"), ("proj",)])
-def test_a_target_that_matches_nothing_is_refused_whatever_the_others_match(asked):
-    with pytest.raises(Refused) as refusal:
-        choose_targets(asked, LAYERS)
-    assert asked[-1] in str(refusal.value)
-    assert "gate_up_proj, o_proj, qkv_proj" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -437,48 +382,3 @@ def test_weights_that_stop_being_finite_in_the_last_step_are_not_written(inputs)
     with pytest.raises(RetunerError, match="not finite"):
         run(inputs, asked)
     assert list((inputs / "out").iterdir()) == []
-
-
-# --- a process to be killed
-
-
-@dataclass
-class Fork:
-    """A training in a fork of the job."""
-
-    pid: int
-    process: subprocess.Popen
-
-    def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
-
-    def wait(self):
-        return int(self.process.stdout.readline())
-
-
-@pytest.fixture(scope="module")
-def job():
-    """Starts trainings in another process, with another order of sets."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        [sys.executable, str(JOB)], env=environment, stdin=pipe, stdout=pipe, text=True
-    )
-
-    def start(folder):
-        process.stdin.write(f"{folder}\n")
-        process.stdin.flush()
-        return Fork(int(process.stdout.readline()), process)
-
-    yield start
-    process.stdin.close()
-    process.wait(60)
-
-
-def wait_for_checkpoint(sealed, at_least):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if any(int(path.name.removeprefix("step-")) >= at_least for path in sealed.glob("step-*")):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no checkpoint of step {at_least} came")

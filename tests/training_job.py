@@ -1,18 +1,26 @@
 """A small training that tests repeat: a tiny base and chats of random ids, in this process or in one to be killed.
 
-`python training_job.py` reads folders from stdin and trains in each in a fork of itself; it says the fork's process id
-and then how the fork ended. So the libraries are imported once, however often a training is killed.
+`python training_job.py` reads folders from stdin and trains in each in a fork of itself, as its asked.json says; it
+says the fork's process id and then how the fork ended. So the libraries are imported once, however often a training
+is killed.
 """
 
 import json
 import os
 import random
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from projects import ROOT
 
 from retuner.artifacts import AdapterFacts, Base, BaseFacts, Chats, ChatsFacts
 from retuner.observe import Observer, Silent
@@ -36,6 +44,11 @@ PARAMS: dict[str, Any] = {
     "optimizer": "adamw_torch",
     "weight_decay": 0.01,
     "max_grad_norm": 1.0,
+    "label_smoothing": 0.0,
+    "noise_alpha": None,
+    "stop_early": None,
+    "warm_start": "none",
+    "quantization": None,
     "gradient_checkpointing": False,
     "checkpoint_every_steps": CHECKPOINT_STEPS,
     "log_every_steps": 5,
@@ -45,9 +58,15 @@ LORA: dict[str, Any] = {
     "alpha": 8.0,
     "dropout": 0.1,
     "targets": "all-linear",
+    "layers": "all",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": (),
     "bias": "none",
     "rslora": False,
     "dora": False,
+    "init": "default",
+    "learning_rate_ratio": None,
 }
 
 
@@ -55,9 +74,9 @@ def params(lora: dict[str, Any] | None = None, **changed: Any) -> TrainParams:
     return TrainParams(**{**PARAMS, **changed, "lora": {**LORA, **(lora or {})}})
 
 
-def random_rows(count: int = 30, longest: int = 40) -> list[tuple[list[int], list[int]]]:
+def random_rows(count: int = 30, longest: int = 40, seed: int = 0) -> list[tuple[list[int], list[int]]]:
     """Ids and labels; the first third of a row or so carries no loss."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     rows = []
     for _ in range(count):
         ids = [draw.randrange(440) for _ in range(draw.randint(6, longest))]
@@ -74,6 +93,15 @@ def make_inputs(
         (folder / name).mkdir(parents=True)
     write_tiny_phi3(folder / "base", seed=0)
     rows = random_rows() if rows is None else rows
+    _write_rows(folder / "chats" / "train.arrow", rows)
+    _write_rows(folder / "chats" / "held_out.arrow", random_rows(6, seed=1))
+    if pack_tokens and rows:
+        lengths = np.array([len(ids) for ids, _ in rows])
+        write_packs(folder / "chats" / "packs.arrow", plan_packs(lengths, pack_tokens), pack_tokens)
+    return folder
+
+
+def _write_rows(path: Path, rows: list[tuple[list[int], list[int]]]) -> None:
     numbers, ids = [str(number) for number in range(len(rows))], pa.list_(pa.int32())
     columns = {
         "id": pa.array(numbers, pa.string()),
@@ -82,15 +110,8 @@ def make_inputs(
         "labels": pa.array([row[1] for row in rows], ids),
     }
     table = pa.table(columns)
-    with (
-        pa.OSFile(str(folder / "chats" / "train.arrow"), "wb") as sink,
-        pa.ipc.new_stream(sink, table.schema) as stream,
-    ):
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
-    if pack_tokens and rows:
-        lengths = np.array([len(ids) for ids, _ in rows])
-        write_packs(folder / "chats" / "packs.arrow", plan_packs(lengths, pack_tokens), pack_tokens)
-    return folder
 
 
 class Heard(Silent):
@@ -114,19 +135,9 @@ class Heard(Silent):
         self.points.append((step, values))
 
 
-def run(
-    folder: Path,
-    asked: TrainParams | None = None,
-    observer: Observer | None = None,
-    out: str = "out",
-    work: str = "work",
-    device: str = "cpu",
-) -> AdapterFacts:
-    """Train on the inputs below `folder`, into its empty new folder `out`."""
-    (folder / out).mkdir()
-    (folder / work).mkdir(exist_ok=True)
+def base_of(folder: Path) -> Base:
     name = "0" * 64
-    base = BaseFacts(
+    facts = BaseFacts(
         source="tiny",
         architecture="Phi3ForCausalLM",
         parameters=1,
@@ -135,7 +146,12 @@ def run(
         template_sha256=name,
         stop_token_ids=(1,),
     )
-    chats = ChatsFacts(
+    return Base(stage="fetch_base", fingerprint=name, digest=name, path=folder / "base", facts=facts)
+
+
+def chats_of(folder: Path) -> Chats:
+    name = "0" * 64
+    facts = ChatsFacts(
         train_rows=1,
         held_out_rows=1,
         held_out_prompts=1,
@@ -145,15 +161,90 @@ def run(
         left_out={},
         packs=None,
     )
+    return Chats(stage="template", fingerprint=name, digest=name, path=folder / "chats", facts=facts)
+
+
+def run(
+    folder: Path,
+    asked: TrainParams | None = None,
+    observer: Observer | None = None,
+    out: str = "out",
+    work: str = "work",
+    device: str = "cpu",
+    start: Path | None = None,
+) -> AdapterFacts:
+    """Train on the inputs below `folder`, into its empty new folder `out`."""
+    (folder / out).mkdir()
+    (folder / work).mkdir(exist_ok=True)
     return train(
         folder / out,
         folder / work,
-        Chats(stage="template", fingerprint=name, digest=name, path=folder / "chats", facts=chats),
-        Base(stage="fetch_base", fingerprint=name, digest=name, path=folder / "base", facts=base),
+        chats_of(folder),
+        base_of(folder),
         asked or params(),
         device,
         observer or Heard(),
+        start,
     )
+
+
+@dataclass
+class Fork:
+    """A training in a fork of the job."""
+
+    pid: int
+    process: subprocess.Popen[str]
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        return int(self.process.stdout.readline())
+
+
+@contextmanager
+def trainings() -> Iterator[Callable[[Path], Fork]]:
+    """Starts trainings in another process, with another order of sets."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, __file__], env=environment, stdin=pipe, stdout=pipe, text=True
+    )
+
+    def start(folder: Path) -> Fork:
+        process.stdin.write(f"{folder}\n")
+        process.stdin.flush()
+        return Fork(int(process.stdout.readline()), process)
+
+    yield start
+    process.stdin.close()
+    process.wait(60)
+
+
+def killed_thrice(
+    folder: Path, start: Callable[[Path], Fork], at_least: tuple[int, int, int]
+) -> dict[str, Any]:
+    """What a training says that is killed some time after it has sealed each of these steps, until it is done."""
+    draw = random.Random(time.time_ns())
+    for step in at_least:
+        training = start(folder)
+        _wait_for_checkpoint(folder / "work" / "sealed", step)
+        time.sleep(draw.uniform(0, 0.3))
+        training.kill()
+        if training.wait() == 0:
+            break  # It was done before it could be killed.
+    else:
+        assert start(folder).wait() == 0
+    return json.loads((folder / "done.json").read_text())
+
+
+def _wait_for_checkpoint(sealed: Path, at_least: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(int(path.name.removeprefix("step-")) >= at_least for path in sealed.glob("step-*")):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint of step {at_least} came")
 
 
 def main() -> None:
@@ -164,8 +255,10 @@ def main() -> None:
     for number, line in enumerate(sys.stdin):
         folder, child = Path(line.rstrip("\n")), os.fork()
         if not child:
-            heard = Heard()
-            facts = run(folder, observer=heard, out=f"out-{number}")
+            heard, asked = Heard(), params()
+            if (folder / "asked.json").exists():
+                asked = TrainParams.model_validate_json((folder / "asked.json").read_bytes())
+            facts = run(folder, asked, heard, out=f"out-{number}")
             done = {"sha256": facts.sha256, "lines": heard.lines}
             (folder / "done.json").write_text(json.dumps(done))
             os._exit(0)

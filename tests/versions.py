@@ -52,6 +52,7 @@ def small_adapter(folder: Path, value: float) -> Adapter:
         trainable_parameters=4,
         total_parameters=100,
         adapted_modules={"qkv_proj": 1},
+        trainable_by_module={},
         packing_fill=0.9,
         effective={"attention": "sdpa"},
     )

@@ -1,0 +1,55 @@
+"""What cannot be trained, said before any weight is loaded."""
+
+from retuner.errors import Refused, Unavailable
+from retuner.packing import RowCounts
+from retuner.params import TrainParams
+from retuner.quantized import require_bitsandbytes
+
+
+def refuse_what_cannot_work(counts: RowCounts, params: TrainParams, device: str) -> None:
+    """Errors: Refused or Unavailable."""
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    if not counts.rows:
+        raise Refused("there are no rows to train on", "at least one", "add chats")
+    if not counts.supervised_tokens:
+        raise Refused(
+            f"none of {counts.tokens:,} tokens carries loss",
+            "answers to learn from",
+            "look at the sample page of the template stage",
+        )
+    if params.schedule == "constant" and params.warmup_fraction:
+        raise Refused(
+            f"train.warmup_fraction is {params.warmup_fraction}, and the schedule constant has no warm-up",
+            "train.schedule constant_with_warmup, or no warm-up",
+            "correct one of the two",
+        )
+    require_bitsandbytes(params)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Unavailable(
+            "there is no CUDA device", "one that PyTorch can use", "set RETUNER_DEVICE to cpu or auto"
+        )
+    if params.attention == "flash_attention_2":
+        if device != "cuda" or params.precision != "bfloat16":
+            raise Refused(
+                f"train.attention is flash_attention_2 with {params.precision} on {device}",
+                "bfloat16 on a CUDA device",
+                "set train.attention to sdpa",
+            )
+        if not is_flash_attn_2_available():
+            raise Unavailable(
+                "flash_attention_2 is not installed",
+                "the package flash-attn",
+                "install it or set train.attention to sdpa",
+            )
+    if (
+        params.precision == "bfloat16"
+        and device == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise Refused(
+            f"{torch.cuda.get_device_name()} has no bfloat16",
+            "an Ampere GPU or newer",
+            "set train.precision to float32",
+        )

@@ -1,0 +1,711 @@
+"""Every kind of adapter trains, is saved, loads onto the base as it is, and merges: with the same logits.
+
+In float32 the logits, which spread over some ±10, agree to `CLOSE` whichever way the adapter is put on.
+"""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from projects import ROOT
+from training_job import (
+    Heard,
+    base_of,
+    chats_of,
+    killed_thrice,
+    make_inputs,
+    params,
+    random_rows,
+    run,
+    trainings,
+)
+
+from retuner.errors import Refused, Unavailable
+from retuner.lora import CONFIG, WEIGHTS
+
+CLOSE = 3e-5
+Q, K, V = slice(0, 64), slice(64, 96), slice(96, 128)
+"""The rows of the tiny base's qkv_proj: four heads and twice two of sixteen."""
+QV = {"targets": ("q_proj", "v_proj")}
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    return make_inputs(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Inputs of tests that write nothing into them."""
+    return make_inputs(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def job():
+    with trainings() as start:
+        yield start
+
+
+def short(lora=None, **changed):
+    return params(lora, **{"max_steps": 3, "warmup_fraction": 0.0, **changed})
+
+
+def logits_of(model):
+    import torch
+
+    ids = torch.tensor([random_rows(1)[0][0]])
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def plain(folder, dtype="float32"):
+    from retuner.base import load_model
+
+    return load_model(folder / "base", dtype, "sdpa", "cpu", use_cache=False)
+
+
+def trained(folder, out, asked):
+    """What the model says at the end of its training; the adapter is then in `out`."""
+    from retuner.lora import write_adapter
+    from retuner.training import learned
+
+    work = out.with_name(f"{out.name}-work")
+    work.mkdir()
+    out.mkdir()
+    with learned(work, chats_of(folder), base_of(folder), asked, "cpu", Heard()) as result:
+        logits = logits_of(result.model)
+        write_adapter(out, result.model, "tiny", result.begun)
+    return logits
+
+
+def weights_in(out):
+    from safetensors.torch import load_file
+
+    return load_file(out / WEIGHTS)
+
+
+def config_in(out):
+    return json.loads((out / CONFIG).read_text())
+
+
+# --- the matrix
+
+KINDS = {
+    "all-linear": {},
+    "one fused layer": {"targets": ("gate_up_proj",)},
+    "q and v": QV,
+    "parts, rslora": {"targets": ("qkv_proj.k", "gate_up_proj.up", "o_proj"), "rslora": True},
+    "llama names": {"targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")},
+    "patterns": {
+        "rank_pattern": {"o_proj": 2, "layers.1.mlp.down_proj": 6},
+        "alpha_pattern": {"o_proj": 3.0},
+    },
+    "embeddings": {"targets": ("qkv_proj", "embed_tokens")},
+    "whole modules": {"modules_to_save": ("embed_tokens", "lm_head", "norm", "input_layernorm")},
+    "one layer": {"layers": (1,), "modules_to_save": ("input_layernorm",)},
+    "dora": {"dora": True},
+    "rslora": {"rslora": True},
+    "pissa": {"init": "pissa"},
+    "pissa, rslora, patterns": {"init": "pissa", "rslora": True, "rank_pattern": {"o_proj": 2}},
+    "pissa, dora": {"init": "pissa", "dora": True},
+    "pissa_fast": {"init": "pissa_fast"},
+    "olora": {"init": "olora"},
+    "lora+": {"learning_rate_ratio": 8.0},
+}
+
+
+@pytest.mark.parametrize("lora", KINDS.values(), ids=KINDS)
+def test_what_was_trained_is_what_loads_and_what_merges(shared, tmp_path, lora):
+    from peft import PeftModel
+    from torch.testing import assert_close
+
+    from retuner.generation import adapter_on
+
+    expected = trained(shared, tmp_path / "out", short(lora))
+    base = plain(shared)
+    before = logits_of(base)
+    assert (before - expected).abs().max() > 0.05, "nothing was learned"
+
+    loaded = PeftModel.from_pretrained(plain(shared), str(tmp_path / "out"))
+    assert_close(logits_of(loaded), expected, atol=CLOSE, rtol=0)
+    assert_close(logits_of(loaded.merge_and_unload()), expected, atol=CLOSE, rtol=0)
+    # As it is evaluated and served; and then the base is the base again.
+    with adapter_on(base, tmp_path / "out"):
+        assert_close(logits_of(base), expected, atol=CLOSE, rtol=0)
+    assert logits_of(base).equal(before)
+
+
+IN_A_PROCESS_OF_ITS_OWN = """
+import sys, torch
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+from peft import PeftModel
+from test_adapters import logits_of, plain
+for out in sys.argv[4:]:
+    torch.save(logits_of(PeftModel.from_pretrained(plain(Path(sys.argv[3])), out)), f"{out}-logits.pt")
+"""
+
+
+def test_another_process_loads_the_same(shared, tmp_path):
+    import torch
+
+    kinds = ("q and v", "embeddings", "whole modules", "pissa_fast")
+    expected = {str(tmp_path / kind): trained(shared, tmp_path / kind, short(KINDS[kind])) for kind in kinds}
+    where = [str(Path(__file__).parent), str(ROOT), str(shared)]
+    subprocess.run([sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, *where, *expected], check=True)
+    for out, logits in expected.items():
+        torch.testing.assert_close(torch.load(f"{out}-logits.pt"), logits, atol=CLOSE, rtol=0)
+
+
+def test_in_bfloat16_what_learns_is_float32(shared, tmp_path):
+    """The head's logits are then rounded to eight bits, ±0.03 at ±10; a wrong scale or module is far beyond."""
+    import torch
+
+    from retuner.generation import adapter_on
+
+    lora = {"modules_to_save": ("embed_tokens", "norm"), "targets": ("q_proj", "v_proj", "o_proj")}
+    expected = trained(shared, tmp_path / "out", short(lora, precision="bfloat16", max_steps=6))
+    assert {str(weight.dtype) for weight in weights_in(tmp_path / "out").values()} == {"torch.float32"}
+    base = plain(shared, "bfloat16")
+    assert (logits_of(base) - expected).abs().mean() > 0.1
+    with adapter_on(base, tmp_path / "out"):
+        found = logits_of(base).float()
+    assert (found - expected.float()).abs().mean() < 0.02
+    assert torch.isfinite(found).all()
+
+
+# --- parts of fused layers
+
+
+def test_q_and_v_of_llama_are_exactly_the_rows_of_q_and_v(inputs):
+    heard = Heard()
+    facts = run(inputs, short(QV, weight_decay=0.5), heard)
+    assert any(
+        "q_proj is in qkv_proj, v_proj is in qkv_proj, of qkv_proj only q and v learn" in l
+        for l in heard.lines
+    )
+    assert facts.adapted_modules == {"qkv_proj": 2}
+    # What two layers of Llama's own would have: rank 4 times inputs plus outputs, q and v each.
+    assert facts.trainable_parameters == 2 * 4 * ((64 + 64) + (64 + 32))
+    assert facts.trainable_by_module == {"qkv_proj": facts.trainable_parameters}
+    config = config_in(inputs / "out")
+    assert config["target_modules"] == ["qkv_proj"]
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({"qkv_proj": 8}, {"qkv_proj": 16.0})
+
+    merged, base = merged_weights(inputs, inputs / "out"), plain(inputs).state_dict()
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    assert merged[name][K].equal(base[name][K])
+    assert not merged[name][Q].equal(base[name][Q])
+    assert not merged[name][V].equal(base[name][V])
+    others = [other for other in base if "qkv_proj" not in other]
+    assert all(merged[other].equal(base[other]) for other in others)
+
+
+def merged_weights(folder, out):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(plain(folder), str(out)).merge_and_unload().state_dict()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd"])
+def test_the_rows_of_other_parts_stay_exactly_zero(inputs, optimizer):
+    run(inputs, short(QV, optimizer=optimizer, weight_decay=0.5, learning_rate=0.1))
+    for name, weight in weights_in(inputs / "out").items():
+        if "lora_B" in name:
+            assert weight.shape == (128, 8)
+            zero = (weight[K], weight[Q][:, 4:], weight[V][:, :4])
+            assert all(block.count_nonzero() == 0 for block in zero)
+            assert weight[Q][:, :4].count_nonzero() and weight[V][:, 4:].count_nonzero()
+
+
+def test_all_parts_of_a_layer_are_the_layer(shared):
+    """The list that works for Llama gives what all-linear gives."""
+    assert choose(KINDS["llama names"]).names == choose({}).names
+    assert choose(KINDS["llama names"]).ranks == choose({}).ranks
+    assert choose({"targets": ("qkv_proj", "q_proj")}).parts == {}
+
+
+def choose(lora, base=None, quantized=False):
+    from retuner.targets import choose_targets
+
+    return choose_targets(params(lora).lora, base or skeleton(), quantized)
+
+
+def skeleton(**changed):
+    from dataclasses import replace
+
+    from retuner.skeleton import Skeleton
+
+    layers = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    paths = [f"model.layers.{number}.{layer}" for number in (0, 1) for layer in layers]
+    norms = [f"model.layers.{number}.input_layernorm" for number in (0, 1)]
+    sizes = {"qkv_proj": (64, 128), "o_proj": (64, 64), "gate_up_proj": (64, 256), "down_proj": (128, 64)}
+    made = Skeleton(
+        linear={path: sizes[path.rpartition(".")[2]] for path in paths},
+        embedding="model.embed_tokens",
+        head="lm_head",
+        tied=False,
+        modules=("model", "model.embed_tokens", *paths, *norms, "model.norm", "lm_head"),
+        biases=frozenset(),
+        parts={
+            "qkv_proj": {"q": range(64), "k": range(64, 96), "v": range(96, 128)},
+            "gate_up_proj": {"gate": range(128), "up": range(128, 256)},
+        },
+    )
+    return replace(made, **changed)
+
+
+def test_the_skeleton_is_that_of_the_base(shared):
+    from retuner.skeleton import read_skeleton
+
+    found = read_skeleton(shared / "base")
+    assert found.linear == skeleton().linear
+    assert found.parts == skeleton().parts
+    assert (found.embedding, found.head, found.tied, found.biases) == (
+        "model.embed_tokens",
+        "lm_head",
+        False,
+        set(),
+    )
+
+
+def test_a_base_that_has_llamas_layers_gets_them_untranslated():
+    llama = {f"model.layers.0.self_attn.{name}": (64, 64) for name in ("q_proj", "k_proj", "v_proj")}
+    found = choose({"targets": ("q_proj", "v_proj")}, skeleton(linear=llama, parts={}))
+    assert (found.names, found.told, found.parts) == (("q_proj", "v_proj"), (), {})
+
+
+def test_a_scale_is_that_of_the_part_with_rslora_too():
+    import math
+
+    path = "model.layers.0.self_attn.qkv_proj"
+    found = choose({**QV, "rslora": True})
+    assert found.alphas[path] / math.sqrt(found.ranks[path]) == pytest.approx(8.0 / math.sqrt(4))
+
+
+def test_only_the_layers_asked_for_learn(inputs):
+    facts = run(inputs, short({"layers": "1-1", "targets": ("o_proj", "q_proj", "v_proj")}))
+    assert facts.adapted_modules == {"o_proj": 1, "qkv_proj": 1}
+    assert all(".layers.1." in name for name in weights_in(inputs / "out"))
+
+
+def test_patterns_reach_the_layers_they_name_the_longest_name_first(inputs):
+    asked = {"rank_pattern": {"down_proj": 2, "layers.1.mlp.down_proj": 6}, "alpha_pattern": {"o_proj": 3.0}}
+    run(inputs, short(asked, max_steps=1))
+    weights = weights_in(inputs / "out")
+    ranks = {name.split(".lora_A")[0][23:]: len(w) for name, w in weights.items() if "lora_A" in name}
+    assert ranks["layers.0.mlp.down_proj"] == 2
+    assert ranks["layers.1.mlp.down_proj"] == 6
+    assert ranks["layers.1.mlp.gate_up_proj"] == 4
+    assert config_in(inputs / "out")["alpha_pattern"] == {"o_proj": 3.0}
+
+
+def test_it_says_how_much_learns_in_each_kind_of_module(inputs):
+    heard = Heard()
+    facts = run(inputs, short({"targets": ("o_proj",), "modules_to_save": ("norm",)}, max_steps=1), heard)
+    assert facts.trainable_by_module == {"norm": 64, "o_proj": 2 * 4 * (64 + 64)}
+    assert any("in 1 norm (64), 2 o_proj (1,024);" in line for line in heard.lines)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    "lora,told",
+    [
+        ({"targets": ("o_proj", "qkv")}, "qkv, and this base has no layer of that name"),
+        ({"targets": ("proj",)}, "qkv_proj.q, qkv_proj.k, qkv_proj.v, gate_up_proj.gate"),
+        ({"targets": ("o_proj.q",)}, "o_proj.q"),
+        ({"targets": ("lm_head",)}, "TRL"),
+        ({"layers": (2,)}, "layers from 0 to 1"),
+        ({"layers": "1-0"}, "layers from 0 to 1"),
+        ({"layers": (1,), "targets": ("layers.0.mlp.down_proj",)}, "none of train.lora.layers"),
+        ({"targets": ("o_proj",), "rank_pattern": {"down_proj": 8}}, "no adapted layer has that name"),
+        ({"alpha_pattern": {"q_proj": 8.0}}, "no adapted layer has that name"),
+        ({"modules_to_save": ("nrom",)}, "no such module"),
+        ({"modules_to_save": ("o_proj",)}, "or one that gets an adapter"),
+        ({"bias": "all"}, "no biases"),
+        ({"bias": "lora_only"}, "no biases"),
+        ({**QV, "dora": True}, "magnitudes"),
+        ({**QV, "init": "pissa"}, "whole layers"),
+        ({"targets": ("embed_tokens",), "init": "olora"}, "an embedding starts at zero"),
+        ({"rank": 65, "init": "pissa"}, "at most 64"),
+    ],
+)
+def test_what_would_match_nothing_or_something_else_is_refused(lora, told):
+    with pytest.raises(Refused) as refusal:
+        choose(lora)
+    assert told in str(refusal.value)
+
+
+@pytest.mark.parametrize("where", [{"targets": ("embed_tokens",)}, {"modules_to_save": ("lm_head",)}])
+def test_half_of_a_matrix_that_is_embedding_and_head_is_refused(where):
+    with pytest.raises(Refused, match="one matrix"):
+        choose(where, skeleton(tied=True))
+
+
+def test_a_layer_in_4_bits_does_not_learn_in_full():
+    with pytest.raises(Refused, match="4 bits"):
+        choose({"targets": ("o_proj",), "modules_to_save": ("down_proj",)}, quantized=True)
+
+
+def test_a_name_for_whole_modules_means_whole_names():
+    """To PEFT `norm` is the end of input_layernorm too."""
+    assert choose({"modules_to_save": ("norm",)}).saved == ("model.norm",)
+    assert choose({"modules_to_save": ("input_layernorm",)}).saved == ("input_layernorm",)
+
+
+def test_refusals_come_before_the_weights_are_read(inputs):
+    (inputs / "base" / "model.safetensors").unlink()
+    with pytest.raises(Refused, match="no biases"):
+        run(inputs, short({"bias": "all"}))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"warm_start": "production"}, {"quantization": {"kind": "nf4", "double": True}}], ids=str
+)
+def test_an_init_from_the_base_stands_alone(changed):
+    with pytest.raises(ValueError, match=r"lora\.init"):
+        params({"init": "pissa"}, **changed)
+
+
+# --- biases
+
+
+@pytest.fixture
+def biased(tmp_path):
+    """Inputs whose base is a small Llama with biases."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = make_inputs(tmp_path)
+    for path in (folder / "base").iterdir():
+        path.unlink()
+    config = LlamaConfig(
+        vocab_size=448,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, std=0.1 if name.endswith("bias") else 0.2)
+    model.save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.mark.parametrize(("bias", "kept"), [("all", 14), ("lora_only", 4)])
+def test_biases_of_the_base_are_in_the_file_and_leave_with_the_adapter(biased, bias, kept):
+    from peft import PeftModel
+    from torch.testing import assert_close
+
+    from retuner.generation import adapter_on
+
+    expected = trained(biased, biased / "out", short({"bias": bias, "targets": ("q_proj", "down_proj")}))
+    assert sum(name.endswith("bias") for name in weights_in(biased / "out")) == kept
+    base = plain(biased)
+    before = logits_of(base)
+    loaded = PeftModel.from_pretrained(plain(biased), str(biased / "out"))
+    assert_close(logits_of(loaded), expected, atol=CLOSE, rtol=0)
+    assert_close(logits_of(loaded.merge_and_unload()), expected, atol=CLOSE, rtol=0)
+    with adapter_on(base, biased / "out"):
+        assert_close(logits_of(base), expected, atol=CLOSE, rtol=0)
+    assert logits_of(base).equal(before)
+
+
+# --- how it is trained
+
+
+def test_lora_plus_lets_b_learn_faster_by_the_ratio(inputs):
+    from retuner.lora import put_adapter_on
+    from retuner.packing import lay_out, read_rows
+    from retuner.row_trainer import row_trainer
+    from retuner.step_log import StepLog
+
+    asked = short({"targets": ("o_proj", "embed_tokens"), "learning_rate_ratio": 8.0}, weight_decay=0.01)
+    targets = choose({"targets": ("o_proj", "embed_tokens")})
+    model = put_adapter_on(plain(inputs), asked.lora, targets)
+    chats = inputs / "chats"
+    packs, _ = lay_out(read_rows(chats / "train.arrow"), chats / "packs.arrow", inputs / "packed.arrow")
+    trainer = row_trainer(model, packs, True, asked, 1, "cpu", inputs, StepLog(1, 1, Heard()))
+    rates = {id(p): g["lr"] for g in trainer.create_optimizer().param_groups for p in g["params"]}
+    names = {name: rates[id(weight)] for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {lr for name, lr in names.items() if ".lora_A." in name} == {0.01}
+    assert {lr for name, lr in names.items() if ".lora_B." in name} == {0.08}
+    assert {lr for name, lr in names.items() if "embedding" in name} == {0.01}
+
+
+def test_label_smoothing_is_torchs(inputs):
+    import torch
+
+    from retuner.row_trainer import supervised_loss
+
+    model, (ids, labels) = plain(inputs), random_rows(1)[0]
+    batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[0, :-1], batch["labels"][0, 1:], label_smoothing=0.1, reduction="sum"
+    )
+    torch.testing.assert_close(supervised_loss(model, dict(batch), 1, 0.1), expected, atol=1e-4, rtol=0)
+    plain_loss = supervised_loss(model, dict(batch), 1)
+    assert abs(plain_loss - expected) > 0.1
+
+
+def test_noise_has_the_size_of_the_row_wherever_the_row_stands(inputs):
+    import torch
+
+    from retuner.noise import EmbeddingNoise, row_lengths
+
+    packed = {"input_ids": torch.zeros(1, 7), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1]])}
+    padded = {"input_ids": torch.zeros(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    assert row_lengths(packed).tolist() == [[3, 3, 3, 2, 2, 2, 2]]
+    assert row_lengths(padded).tolist() == [[3, 3, 3], [2, 2, 2]]
+
+    model = plain(inputs)
+    embed, ids = model.get_input_embeddings(), torch.arange(300)[None]
+    clean = embed(ids).detach()
+    noise = EmbeddingNoise(model, alpha=5.0)
+    positions = torch.cat([torch.arange(100), torch.arange(200)])[None]
+    noise.expect({"input_ids": ids, "position_ids": positions})
+    assert embed(ids).equal(clean), "noise outside of training"
+    embed.train()
+    found = (embed(ids).detach() - clean).abs()
+    for rows, tokens in ((slice(0, 100), 100), (slice(100, 300), 200)):
+        bound = 5.0 / (tokens * 64) ** 0.5
+        assert 0.99 * bound < found[0, rows].max() <= bound * 1.001
+        assert found[0, rows].mean() == pytest.approx(bound / 2, rel=0.05)
+
+
+def test_noise_changes_what_is_learned_and_not_what_is_measured(shared, tmp_path):
+    quiet = trained(shared, tmp_path / "quiet", short())
+    noisy = trained(shared, tmp_path / "noisy", short(noise_alpha=10.0))
+    assert not quiet.equal(noisy)
+
+
+# --- stopping early
+
+STOPPING = {"schedule": "constant", "warmup_fraction": 0.0, "checkpoint_every_steps": 3}
+
+
+def stopping(lora=None, **changed):
+    early = {"every_steps": 2, "patience": 2, "min_improvement": 0.0}
+    return params(lora, **{**STOPPING, "max_steps": 40, "stop_early": early, **changed})
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Random rows teach nothing about others, so the held-out loss soon rises."""
+    folder, heard = make_inputs(tmp_path_factory.mktemp("stopped")), Heard()
+    return folder, run(folder, stopping(), heard), heard
+
+
+def held_out(points):
+    return {step: values["held_out_loss"] for step, values in points if "held_out_loss" in values}
+
+
+def test_training_stops_when_the_held_out_loss_stops_falling(stopped, inputs):
+    _, facts, heard = stopped
+    losses = held_out(heard.points)
+    best = min(losses, key=losses.get)
+    assert sorted(losses) == list(range(2, best + 5, 2)), "every second step, until twice nothing was gained"
+    assert facts.trained_steps == best
+    assert heard.steps[-1] == best + 4
+    # The best step is not where the run ended, and measuring draws nothing: as if it had been told to end there.
+    assert run(inputs, params(**STOPPING, max_steps=best)).sha256 == facts.sha256
+
+
+def test_the_measured_loss_is_that_of_the_report(stopped):
+    from retuner.evaluation import read_held_out, row_losses
+    from retuner.generation import adapter_on
+
+    folder, facts, heard = stopped
+    rows = read_held_out(folder / "chats" / "held_out.arrow")
+    model = plain(folder)
+    with adapter_on(model, folder / "out"):
+        losses = row_losses(model, rows, 3, lambda done, total: None)
+    tokens = [row["tokens"] for row in rows]
+    mean = sum(loss * count for loss, count in zip(losses, tokens)) / sum(tokens)
+    assert held_out(heard.points)[facts.trained_steps] == pytest.approx(mean, abs=1e-5)
+
+
+def test_it_says_that_held_out_rows_chose_the_step(stopped):
+    folder, facts, heard = stopped
+    told = f"step {facts.trained_steps} of {heard.steps[-1]} done and 40 planned: the lowest loss of 6 held-out rows"
+    assert facts.effective["chosen"].startswith(told)
+    assert "better than new rows' would be" in facts.effective["chosen"]
+    assert any(told in line for line in heard.lines)
+    lines = map(json.loads, (folder / "out" / "aside" / "metrics.jsonl").read_text().splitlines())
+    assert held_out((line["step"], line["metrics"]) for line in lines) == held_out(heard.points)
+
+
+@pytest.mark.parametrize("die_after", [3, 5, "best", "best + 3"])
+def test_patience_and_the_best_step_survive_a_kill(stopped, inputs, die_after):
+    _, facts, first = stopped
+    step = eval(str(die_after), {"best": facts.trained_steps})
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, stopping(), Heard(die_after=step), out="died")
+    heard = Heard()
+    again = run(inputs, stopping(), heard)
+    assert (again.sha256, again.trained_steps) == (facts.sha256, facts.trained_steps)
+    assert heard.steps[-1] == first.steps[-1]
+    assert again.effective["chosen"] == facts.effective["chosen"]
+
+
+def test_a_run_that_lost_its_best_step_finds_it_again(stopped, inputs):
+    _, facts, _ = stopped
+    best = facts.trained_steps
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, stopping(), Heard(die_after=best + 4), out="died")
+    (inputs / "work" / "sealed" / f"step-{best}" / "adapter_model.safetensors").write_bytes(b"")
+    heard = Heard()
+    assert run(inputs, stopping(), heard).sha256 == facts.sha256
+    assert any(f"step-{best}, which it needs" in line for line in heard.lines)
+
+
+def test_an_improvement_below_the_smallest_that_counts_is_none(inputs):
+    early = {"every_steps": 1, "patience": 3, "min_improvement": 100.0}
+    heard = Heard()
+    run(inputs, stopping(stop_early=early), heard)
+    assert heard.steps[-1] == 4, "the first measurement, and three that improved it too little"
+
+
+EVERYTHING = stopping(
+    {
+        "targets": ("q_proj", "v_proj", "o_proj"),
+        "modules_to_save": ("norm",),
+        "dropout": 0.2,
+        "learning_rate_ratio": 4.0,
+    },
+    noise_alpha=5.0,
+    label_smoothing=0.1,
+    gradient_checkpointing=True,
+    learning_rate=3e-3,
+)
+OTHERS = {
+    "pissa, dora": stopping({"init": "pissa_fast", "dora": True, "dropout": 0.2}),
+    "embeddings": stopping({"targets": ("embed_tokens", "o_proj"), "dropout": 0.2}, optimizer="adafactor"),
+}
+
+
+def test_everything_at_once_killed_thrice_ends_in_the_same_bytes(inputs, job, tmp_path):
+    undisturbed = run(make_inputs(tmp_path / "elsewhere"), EVERYTHING)
+    (inputs / "asked.json").write_text(EVERYTHING.model_dump_json())
+    done = killed_thrice(inputs, job, (2, 4, 6))
+    assert any("going on after step-" in line for line in done["lines"])
+    assert done["sha256"] == undisturbed.sha256
+
+
+@pytest.mark.parametrize("asked", OTHERS.values(), ids=OTHERS)
+def test_other_kinds_go_on_after_a_kill_too(inputs, asked):
+    expected = run(inputs, asked, out="undisturbed", work="other-work")
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, asked, Heard(die_after=5), out="died")
+    heard = Heard()
+    assert run(inputs, asked, heard).sha256 == expected.sha256
+    assert any("going on after" in line for line in heard.lines)
+
+
+# --- a warm start
+
+
+def test_a_warm_start_begins_as_the_other_adapter(inputs):
+    from torch.testing import assert_close
+
+    run(inputs, short(QV))
+    run(inputs, short(QV, learning_rate=1e-12), out="next", work="next-work", start=inputs / "out")
+    first, second = weights_in(inputs / "out"), weights_in(inputs / "next")
+    assert first.keys() == second.keys()
+    for name in first:
+        assert_close(second[name], first[name], atol=1e-9, rtol=0)
+    assert any(weight.any() for name, weight in second.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    "lora,told",
+    [
+        ({"rank": 8, "alpha": 16.0}, "rank 4, and these params come to 8"),
+        ({"alpha": 4.0}, "alpha 8.0, and these params come to 4.0"),
+        ({"targets": ("o_proj", "down_proj")}, "also has"),
+        ({"dora": True}, "dora false"),
+        ({"modules_to_save": ("norm",)}, "lacks"),
+    ],
+)
+def test_a_warm_start_from_another_shape_is_refused_before_the_weights_are_read(inputs, lora, told):
+    run(inputs, short({"targets": ("o_proj",)}, max_steps=1))
+    (inputs / "base" / "model.safetensors").unlink()
+    asked = short({"targets": ("o_proj",), **lora})
+    if "targets" in lora:
+        asked, told = short({"targets": ("down_proj",)}), "lacks"
+    with pytest.raises(Refused) as refusal:
+        run(inputs, asked, out="next", work="next-work", start=inputs / "out")
+    assert told in str(refusal.value)
+
+
+def test_a_warm_start_of_parts_from_an_adapter_of_all_rows_is_refused(inputs):
+    whole = {"targets": ("qkv_proj",), "rank_pattern": {"qkv_proj": 8}, "alpha_pattern": {"qkv_proj": 16.0}}
+    run(inputs, short(whole, max_steps=2))
+    with pytest.raises(Refused, match="adapts other rows of"):
+        run(inputs, short(QV), out="next", work="next-work", start=inputs / "out")
+
+
+# --- 4 bits
+
+NF4 = {"kind": "nf4", "double": True}
+bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: make setup EXTRAS=qlora"
+)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.parametrize("changed", [{"quantization": NF4}, {"optimizer": "paged_adamw_8bit"}], ids=str)
+def test_without_bitsandbytes_4_bits_are_unavailable_and_say_how_to_get_them(inputs, changed):
+    (inputs / "base" / "model.safetensors").unlink()
+    with pytest.raises(Unavailable, match="make setup EXTRAS=qlora"):
+        run(inputs, short(**changed))
+
+
+@bitsandbytes
+@pytest.mark.parametrize("lora", [{}, QV, {"dora": True}], ids=["all-linear", "q and v", "dora"])
+def test_qlora_trains_saves_and_loads_on_4_bits_and_merges_into_the_base_as_it_is(shared, tmp_path, lora):
+    from peft import PeftModel
+    from torch.testing import assert_close
+
+    from retuner.base import load_model
+    from retuner.params import QuantizationParams
+    from retuner.quantized import bits_and_bytes, keep_differentiable
+
+    asked = short(lora, quantization=NF4, optimizer="paged_adamw_32bit")
+    expected = trained(shared, tmp_path / "out", asked)
+    assert {str(weight.dtype) for weight in weights_in(tmp_path / "out").values()} == {"torch.float32"}
+    packed = bits_and_bytes(QuantizationParams(**NF4), "float32")
+    base = load_model(shared / "base", "float32", "sdpa", "cpu", False, packed)
+    keep_differentiable(base)
+    before = logits_of(base)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "out"))
+    assert_close(logits_of(loaded), expected, atol=CLOSE, rtol=0)
+
+    whole = PeftModel.from_pretrained(plain(shared), str(tmp_path / "out"))
+    as_it_is = logits_of(whole)
+    assert_close(logits_of(whole.merge_and_unload()), as_it_is, atol=CLOSE, rtol=0)
+    learned = (expected - before).flatten()
+    there = (as_it_is - logits_of(plain(shared))).flatten()
+    assert learned.dot(there) / (learned.norm() * there.norm()) > 0.9, "it learned something else there"
+
+
+@bitsandbytes
+def test_qlora_gives_the_same_bytes_killed_or_not_and_says_what_it_ran_with(inputs):
+    asked = stopping(QV, quantization=NF4, precision="bfloat16", optimizer="paged_adamw_8bit")
+    facts = run(inputs, asked, out="undisturbed", work="other-work")
+    assert facts.effective["quantization"].startswith("nf4, double, computes in bfloat16")
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, asked, Heard(die_after=5), out="died")
+    assert run(inputs, asked).sha256 == facts.sha256
