@@ -101,7 +101,7 @@ def test_the_dictionaries_run_through_the_whole_pipeline_to_a_registered_version
         "train.precision=float32",
         "train.attention=sdpa",
         "template.max_tokens=128",
-        "train.pack_tokens=128",
+        "template.pack_tokens=128",
         "prepare.held_out_fraction=0.2",
         "evaluate.max_prompts=2",
         "evaluate.max_new_tokens=4",
