@@ -75,6 +75,8 @@ def write_packs(path: Path, pack_of: "NDArray[Any]", pack_tokens: int) -> int:
             members = rows[ends[0] : ends[-1]]
             values = pa.Array.from_buffers(pa.int32(), len(members), [None, pa.py_buffer(members)])
             offsets = pa.py_buffer((ends - ends[0]).astype(np.int32))
-            packs = pa.Array.from_buffers(schema.field("rows").type, len(ends) - 1, [None, offsets], children=[values])
+            packs = pa.Array.from_buffers(
+                schema.field("rows").type, len(ends) - 1, [None, offsets], children=[values]
+            )
             stream.write_batch(pa.record_batch([packs], schema=schema))
     return len(bounds) - 1

@@ -67,7 +67,9 @@ def lay_out(rows: Any, packs: Path, cache: Path) -> tuple[Any, int]:
                 places = list(zip(chunks.tolist(), (members - begins[chunks]).tolist(), strict=True))
                 laid = []
                 for column in columns:
-                    parts = [column[chunk][1][slice(*column[chunk][0][row : row + 2])] for chunk, row in places]
+                    parts = [
+                        column[chunk][1][slice(*column[chunk][0][row : row + 2])] for chunk, row in places
+                    ]
                     laid.append(np.concatenate(parts))
                 row_ends = np.cumsum([0, *map(len, parts)])
                 bounds = ends - ends[0]

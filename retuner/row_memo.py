@@ -47,7 +47,9 @@ class Places:
     def joined(parts: "Sequence[Places]") -> "Places":
         import numpy as np
 
-        return Places(np.concatenate([part.file for part in parts]), np.concatenate([part.row for part in parts]))
+        return Places(
+            np.concatenate([part.file for part in parts]), np.concatenate([part.row for part in parts])
+        )
 
 
 class RowMemo:
@@ -84,12 +86,17 @@ class RowMemo:
         places.row[is_there] = (at - begins[file])[is_there]
         return places
 
-    def add(self, ids: "NDArray[Any]", rows: TokenRows, roles: Sequence[str], plain: Sequence[bool]) -> Places:
+    def add(
+        self, ids: "NDArray[Any]", rows: TokenRows, roles: Sequence[str], plain: Sequence[bool]
+    ) -> Places:
         """New rows. They are there, here and for others, when `flush` was called."""
         import numpy as np
 
         first = self._waiting_rows
-        places = np.full(len(rows), len(self.files), np.int32), np.arange(first, first + len(rows), dtype=np.int32)
+        places = (
+            np.full(len(rows), len(self.files), np.int32),
+            np.arange(first, first + len(rows), dtype=np.int32),
+        )
         self._waiting.append((ids, rows, roles, plain))
         self._waiting_rows += len(rows)
         self._waiting_bytes += rows.input_ids.nbytes
@@ -294,6 +301,8 @@ def _as_batch(parts: Sequence[tuple[Any, ...]]) -> Any:
         "spans": listed([part.spans.ravel() for part in rows], [2 * part.span_offsets for part in rows]),
         "stripped": flat(pa.int32(), [part.stripped_chars for part in rows], np.int32),
         "plain": flat(pa.int8(), [np.array(part[3], np.int8) for part in parts], np.int8),
-        "roles": pa.DictionaryArray.from_arrays(flat(pa.int32(), [roles], np.int32), pa.array(list(names), pa.string())),
+        "roles": pa.DictionaryArray.from_arrays(
+            flat(pa.int32(), [roles], np.int32), pa.array(list(names), pa.string())
+        ),
     }
     return pa.record_batch(list(columns.values()), names=list(columns))

@@ -92,7 +92,9 @@ def provable_rule(plain: Any) -> Rule:
     if pre_tokenizer == [] and normalizer in ([replace], [prepend, replace]):
         vocabulary = plain.get_vocab()
         byte_pieces = {f"<0x{byte:02X}>" for byte in range(256)}
-        merged_bytes = any("<0x" in piece and any(byte in piece for byte in byte_pieces - {piece}) for piece in vocabulary)
+        merged_bytes = any(
+            "<0x" in piece and any(byte in piece for byte in byte_pieces - {piece}) for piece in vocabulary
+        )
         reaches_over = any(SPACE in piece.lstrip(SPACE) for piece in vocabulary)
         # With ignore_merges a text that is a piece as a whole is never merged, and a unit of it may be.
         complete = model.byte_fallback and byte_pieces <= vocabulary.keys()

@@ -54,7 +54,9 @@ def test_a_damaged_memo_costs_tokenising_and_nothing_else(tmp_path, base, damage
     (path,) = files_of(project)
     data = path.read_bytes()
     if damage == "flip":
-        path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+        path.write_bytes(
+            data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+        )
     elif damage == "truncate":
         path.write_bytes(data[: len(data) // 2])
     elif damage == "empty":

@@ -89,7 +89,12 @@ def test_every_character_before_a_space_gives_the_ids_of_the_whole_text(words):
 
 def test_every_two_ascii_characters_side_by_side_give_the_ids_of_the_whole_text(words):
     ascii = [chr(point) for point in range(1, 128)]
-    texts = [f"{before}{left}{right}{behind}" for left in ascii for right in ascii for before, behind in (("a", "b"), (" ", "'"), ("'", "s 1"), ("", ""))]
+    texts = [
+        f"{before}{left}{right}{behind}"
+        for left in ascii
+        for right in ascii
+        for before, behind in (("a", "b"), (" ", "'"), ("'", "s 1"), ("", ""))
+    ]
     assert pieced(words, texts) == whole(words, texts)
 
 
