@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from retuner.errors import Refused, RetunerError
-from retuner.runtime import load_runtime
+from retuner.runtime import load_runtime, person
 
 app = typer.Typer(
     help="Retrain Phi-3 LoRA adapters on a schedule, and prove where each one came from.",
@@ -160,7 +160,7 @@ def promote(
     name = model_named(runtime, model)
     number = version_named(runtime, name, version)
     expected = _expected_version(expect_current)
-    done = promotion.promote(runtime, name, number, expected, because, _person(), force)
+    done = promotion.promote(runtime, name, number, expected, because, person(), force)
     _say_promotion(done, as_json)
 
 
@@ -173,7 +173,7 @@ def rollback(
     from retuner import promotion
 
     runtime = load_runtime()
-    done = promotion.rollback(runtime, model_named(runtime, model), because, _person())
+    done = promotion.rollback(runtime, model_named(runtime, model), because, person())
     _say_promotion(done, as_json)
 
 
@@ -335,15 +335,6 @@ def _expected_version(text: str) -> Any:
     if text.isdecimal():
         return int(text)
     raise Refused(f"--expect-current {text}", "a version number, `none`, or `any`")
-
-
-def _person() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return f"uid {os.getuid()}"
 
 
 def _say_promotion(done: Any, as_json: bool) -> None:

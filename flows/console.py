@@ -104,6 +104,8 @@ def show_summary(summary: dict[str, Any], params: str) -> None:
     console.print(table)
     for verdict in summary["gate"]["verdicts"]:
         console.print(f"gate {verdict_line(GateVerdict(**verdict))}", markup=False, soft_wrap=True)
+    for warning in summary["gate"].get("notes", ()):
+        console.print(f"beware: {warning}", markup=False, soft_wrap=True)
     console.print(outcome(summary), soft_wrap=True)
     console.print("next:")
     commands = next_commands(summary, params)

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any
 
 from flows.summary import outcome, summarise
-from retuner import registry_reads
+from retuner import held_out, registry_reads
 from retuner.dataset import Dataset, is_still
 from retuner.errors import Refused
 from retuner.files import write_whole
@@ -40,6 +40,7 @@ def answer_from_receipt(params: Path, overrides: tuple[str, ...], runtime: Runti
         return None  # The long way says what is wrong.
     store, records = Store(runtime.store, shared_url=runtime.store_remote), []
     made: dict[str, Any] = {}
+    prepared: dict[str, Any] = {}
     for name, fingerprint in receipt["stages"]:
         began = monotonic()
         manifest = store.verified_manifest(name, fingerprint)
@@ -47,8 +48,14 @@ def answer_from_receipt(params: Path, overrides: tuple[str, ...], runtime: Runti
             return None
         records.append(StageRecord(name, "cached", monotonic() - began, fingerprint))
         made = manifest["facts"]
+        prepared = manifest["identity"] if name == "prepare" else prepared
     here = (made["model_name"], made["model_version"], made["adapter_sha256"])
     if not registry_reads.still_registered(runtime, *here):
+        return None
+    try:
+        if not held_out.still_same(runtime, made["model_name"], prepared):
+            return None  # A version of another split was registered since, or a frozen set changed.
+    except Refused:
         return None
     return summarise(store, records, runtime)
 

@@ -122,6 +122,7 @@ def _markdown(summary: dict[str, Any], page: str) -> str:
         "",
         "### Gate",
         *(f"- {verdict_line(GateVerdict(**verdict))}" for verdict in summary["gate"]["verdicts"]),
+        *(f"- beware: {warning}" for warning in summary["gate"].get("notes", ())),
         "",
         "### Stages",
         "| stage | state | seconds | fingerprint |",

@@ -121,6 +121,8 @@ class Decision(Facts):
     passed: bool
     confidence: float
     verdicts: tuple[GateVerdict, ...]
+    notes: tuple[str, ...] = ()
+    """What makes the comparison less than fair, such as production having seen held-out rows."""
 
 
 class VersionFacts(Facts):

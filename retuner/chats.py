@@ -1,46 +1,48 @@
 """Conversations out of files, strictly: every row becomes a `Chat`, or a `BadRow` that says why not.
 
-Files are read as bytes, one row in memory at a time: a line of `.jsonl`, an element of a `.json` array. Texts
-are not changed. A file of another kind (preferences, tool transcripts, plain text, another encoding) is
-`Refused` whole, because setting its rows aside one by one would only hide what it is.
+Files are streamed, one row in memory at a time: a line of `.jsonl`, an element of a `.json` array, a record of
+`.csv`, all three also compressed as `.gz` or `.zst`, and a row of `.parquet`. Texts are not changed. A file of
+another kind (preferences, tool transcripts, plain text, another encoding) is `Refused` whole, because setting its
+rows aside one by one would only hide what it is; so is one behind whose damage rows may be lost uncounted.
 """
 
-import json
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+import hashlib
+import io
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import BinaryIO
 
+from retuner.compressed import CODECS, MAGIC, Damaged, open_unpacked
 from retuner.dataset import DataFile
 from retuner.errors import Refused, Unavailable
-
-MAX_ROW_BYTES = 4 * 2**20
-MAX_DEPTH = 64
-TOO_LONG = ("too_long", f"the row is longer than {MAX_ROW_BYTES:,} bytes")
-SHOWN_BYTES = 200
-CHUNK_BYTES = 2**18
-WHITE = b" \t\r\n"
-FORMATS = (
-    ("messages", ("messages",)),
-    ("sharegpt", ("conversations",)),
-    ("alpaca", ("instruction", "output")),
-    ("prompt_completion", ("prompt", "completion")),
-    ("prompt_completion", ("prompt", "response")),
-    ("question_answer", ("question", "answer")),
+from retuner.formats import Wanted
+from retuner.json_rows import (
+    CHUNK_BYTES,
+    MAX_ROW_BYTES,
+    SHOWN_BYTES,
+    WHITE,
+    Problem,
+    RawRow,
+    advance,
+    elements,
+    lines,
+    parse,
 )
-"""Formats and the keys by which a row is known to be of one."""
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-SHAREGPT_ROLES = ROLES | {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")
-# https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md and OpenAI's chat API.
-TOOL_ROLES = {"function_call", "observation", "tool", "function", "function_response", "tool_call", "ipython"}
+from retuner.table_rows import csv_rows, parquet_rows
 
-# A string that the end of the bytes cuts off matches too, so that scanning stays linear on any bytes.
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+("|\\?\Z)', re.DOTALL)
-_TOKEN = re.compile(_STRING.pattern + rb"|[\[\]{},]", re.DOTALL)
-CLOSES = {b"]": ord("["), b"}": ord("{")}
-
-Turn = tuple[str, Any, str]  # role, content as found, what to call its place
+KINDS = (".jsonl", ".json", ".csv", ".parquet")
+MARKS = {b"\xef\xbb\xbf": ("UTF-8", "tail -c +4"), b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8")}
+MARKS[b"\xfe\xff"] = MARKS[b"\xff\xfe"]
+OTHER_CONTENT = {
+    MAGIC["gzip"]: ("gzip data", "rename it to end in .gz"),
+    MAGIC["zstd"]: ("zstd data", "rename it to end in .zst"),
+    b"PAR1": ("a Parquet file", "rename it to .parquet"),
+    b"PK\x03\x04": ("a zip archive", "unpack it"),
+}
+MIN_BLOCK_BYTES = 2**16
+MEAN_BLOCK_BYTES = 2**18
+MAX_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be used. Lines and columns count from 1, columns in bytes."""
+    """A row that cannot be used. Lines and columns count from 1, columns in bytes; of Parquet, lines are rows."""
 
     file: str
     line: int
@@ -71,329 +73,231 @@ class BadRow:
         return f"{self.file}:{self.line}" + (f":{self.column}" if self.column else "")
 
 
-class _Problem(Exception):
-    """Why a row is bad; `offset` is the byte of the row where it shows."""
-
-    def __init__(self, cause: str, message: str, offset: int | None = None):
-        super().__init__(message)
-        self.cause, self.message, self.offset = cause, message, offset
-
-
 @dataclass(frozen=True, slots=True)
-class _Row:
-    line: int
-    column: int
-    raw: bytes
-    problem: _Problem | None = None
+class Block:
+    """A run of whole lines of a plain `.jsonl` file; of any other kind of file the whole."""
+
+    file: DataFile
+    first_line: int
+    sha256: str
+    """Of the bytes and the kind of file, which together decide what the rows of the block are."""
+    data: bytes | None = field(repr=False)
+    """None for a whole file, which is read where it lies. Of a line above the row limit only the first bytes."""
 
 
-def read_chats(files: Iterable[DataFile], format: str) -> Iterator[Chat | BadRow]:
-    """Every row of `files`, in order. `format` is one of `FORMATS`, or `auto`: each file's first row decides.
+def read_chats(
+    files: Iterable[DataFile], format: str, columns: Mapping[str, str] | None = None
+) -> Iterator[Chat | BadRow]:
+    """Every row of `files`, in order. `format` is the name of a format, or `auto`: each file's first row decides.
 
-    Errors: Refused for a file of another kind, Unavailable for one that cannot be read.
+    `columns` gives the data's own names for keys of a format, e.g. {"prompt": "question_text"}.
+    Errors: Refused for a file of another kind and a mapping that fits no format, Unavailable for a file that
+    cannot be read.
     """
+    wanted = Wanted(format, columns)
     for file in files:
-        try:
+        yield from _chats(file, _rows(file, wanted), wanted, None)
+
+
+def blocks(file: DataFile) -> Iterator[Block]:
+    """The file cut into runs of about 256 KiB, in order; what it holds decides where, so new lines change few.
+
+    Errors: Refused for a file that is not what its name says, Unavailable.
+    """
+    kind, codec = _kind(file)
+    try:
+        if (kind, codec) == (".jsonl", None):
+            _check_head(file, kind, codec)
+            with file.path.open("rb", buffering=CHUNK_BYTES) as stream:
+                yield from _cut(file, stream)
+        else:
             with file.path.open("rb") as stream:
-                yield from _read_file(file.relpath, stream, format)
-        except OSError as error:
-            raise Unavailable(f"{file.relpath} cannot be read: {error.strerror}") from error
+                digest = hashlib.sha256(f"{kind}{codec}\0".encode())
+                while chunk := stream.read(CHUNK_BYTES):
+                    digest.update(chunk)
+            yield Block(file, 1, digest.hexdigest(), None)
+    except OSError as error:
+        raise _unreadable(file, error) from error
 
 
-def _read_file(relpath: str, stream: BinaryIO, format: str) -> Iterator[Chat | BadRow]:
-    found = None if format == "auto" else format
-    for row in _rows(relpath, stream):
+def format_of_file(file: DataFile, format: str, columns: Mapping[str, str] | None = None) -> str | None:
+    """The format that `read_chats` would find for the rows of a file: None when no row shows one. Errors: as there."""
+    wanted = Wanted(format, columns)
+    if format != "auto":
+        return format
+    for row in _rows(file, wanted):
         try:
-            value = _parse(row)
-            found, keys = _format(value, format, found)
-            yield Chat(_conversation(_turns(value, found, keys)), relpath, row.line, found)
-        except _Problem as problem:
+            return wanted.recognise(parse(row), None).name
+        except Problem:
+            continue
+        except Refused as kind:
+            raise _placed(file, row.line, kind) from None
+    return None
+
+
+def read_block(
+    block: Block, format: str, columns: Mapping[str, str] | None = None, found: str | None = None
+) -> Iterator[Chat | BadRow]:
+    """What `read_chats` gives for the rows of a block, their lines counted from the block's first line as 1.
+
+    `found` is the format of the block's file. Errors: as `read_chats`, with the lines of the file.
+    """
+    wanted = Wanted(format, columns)
+    rows = _rows(block.file, wanted) if block.data is None else lines(io.BytesIO(block.data))
+    return _chats(block.file, rows, wanted, found, block.first_line - 1)
+
+
+def _chats(
+    file: DataFile, rows: Iterator[RawRow], wanted: Wanted, found: str | None, lines_before: int = 0
+) -> Iterator[Chat | BadRow]:
+    if wanted.format != "auto":
+        found = wanted.format
+    for row in rows:
+        try:
+            value = parse(row)
+            format = wanted.recognise(value, found)
+            found = format.name
+            yield Chat(wanted.conversation(value, format), file.relpath, row.line, found)
+        except Problem as problem:
             line, column = row.line, None
             if problem.offset is not None:
-                line, column = _advance((row.line, row.column), row.raw[: problem.offset])
+                line, column = advance((row.line, row.column), row.raw[: problem.offset])
             start = row.raw[:SHOWN_BYTES].decode("utf-8", "backslashreplace").rstrip("\r\n")
-            yield BadRow(relpath, line, column, problem.cause, problem.message, start)
+            yield BadRow(file.relpath, line, column, problem.cause, problem.message, start)
         except Refused as kind:
-            raise Refused(f"{relpath}:{row.line} {kind.found}", kind.expected, kind.do) from None
+            raise _placed(file, lines_before + row.line, kind) from None
 
 
-def _rows(relpath: str, stream: BinaryIO) -> Iterator[_Row]:
-    """The rows of a file, as bytes. Errors: Refused where the name and the first bytes do not fit."""
-    head = stream.read(CHUNK_BYTES)
-    lead = len(head) - len(head.lstrip(WHITE))
-    first = head[lead : lead + 1]
-    if head.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        encoding = "UTF-8" if head[0] == 0xEF else "UTF-16"
-        do = "tail -c +4" if head[0] == 0xEF else "iconv -f UTF-16 -t UTF-8"
-        found = f"{relpath}:1:1 starts with the byte order mark of {encoding}"
-        raise Refused(found, "UTF-8 without a byte order mark", f"write it anew: {do} {relpath} > clean")
-    if relpath.endswith(".jsonl") and first != b"[":
-        stream.seek(0)
-        return _lines(stream)
-    if relpath.endswith(".json") and first == b"[":
-        stream.seek(lead + 1)
-        return _elements(stream, _advance((1, 1), head[: lead + 1]))
-    found, do = "is no JSON file", "convert it, or make prepare.files match only the files with chats"
-    if relpath.endswith(".jsonl"):
-        found, do = "starts with '[', as a JSON array does", "rename it to .json if it is one"
-    elif relpath.endswith(".json"):
-        found = f"starts with {chr(first[0])!r}, not with '['" if first else "is empty"
-        do = "rename it to .jsonl if each line is an object; keep only the array if it lies below a key"
-    raise Refused(f"{relpath} {found}", "a chat a line in .jsonl, or an array of chats in .json", do)
+def _placed(file: DataFile, line: int, kind: Refused) -> Refused:
+    return Refused(f"{file.relpath}:{line} {kind.found}", kind.expected, kind.do)
 
 
-def _lines(stream: BinaryIO) -> Iterator[_Row]:
+def _unreadable(file: DataFile, error: OSError) -> Unavailable:
+    return Unavailable(f"{file.relpath} cannot be read: {error.strerror}", "a readable file")
+
+
+# --- kinds of files
+
+
+def _rows(file: DataFile, wanted: Wanted) -> Iterator[RawRow]:
+    """The rows of a file. Errors: Refused where its name and its bytes do not fit, Unavailable."""
+    kind, codec = _kind(file)
     line = 0
-    while raw := stream.readline(MAX_ROW_BYTES + 1):
-        line += 1
-        if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
-            while (rest := stream.readline(CHUNK_BYTES)) and not rest.endswith(b"\n"):
-                pass
-            yield _Row(line, 1, raw[:SHOWN_BYTES], _Problem(*TOO_LONG))
-        elif raw.strip(WHITE):
-            yield _Row(line, 1, raw)
-
-
-def _elements(stream: BinaryIO, at: tuple[int, int]) -> Iterator[_Row]:
-    """The elements of an array whose '[' has been read, `at` being the place of the next byte.
-
-    Only quotes, brackets and commas are looked at, so a broken element seldom hides the one after it.
-    """
-    row, row_at, row_bytes, rows, depth = bytearray(), at, 0, 0, 0
-    closed = False
-    opener = b""  # what a chunk that starts inside a string has lost: its quote, perhaps a backslash
-
-    def take(piece: bytes) -> None:
-        nonlocal at, row_at, row_bytes
-        if not row:
-            bare = piece.lstrip(WHITE)
-            at = row_at = _advance(at, piece[: len(piece) - len(bare)])
-            piece = bare
-        at, row_bytes = _advance(at, piece), row_bytes + len(piece)
-        row.extend(piece[: MAX_ROW_BYTES + 1 - len(row)])
-
-    def taken(problem: _Problem | None = None) -> _Row:
-        too_long = _Problem(*TOO_LONG) if row_bytes > MAX_ROW_BYTES else None
-        return _Row(*row_at, bytes(row), problem or too_long)
-
-    while chunk := stream.read(CHUNK_BYTES):
-        begin, chunk = len(opener), opener + chunk
-        for token in () if closed else _TOKEN.finditer(chunk):
-            byte = token[0][:1]
-            if byte == b'"':
-                opener = b"" if token[1] == b'"' else byte + token[1]
-            elif byte in b"[{":
-                depth += 1
-            elif depth:
-                depth -= byte in b"]}"
-            elif byte in b",]":
-                take(chunk[begin : token.start()])
-                closed = byte == b"]"
-                if row or rows or not closed:
-                    yield taken(None if row else _Problem("bad_json", "there is no row beside a comma", 0))
-                row.clear()
-                at, row_bytes, rows, begin = _advance(at, byte), 0, rows + 1, token.end()
-                if closed:
-                    break
-        take(chunk[begin:])
-    if not closed:
-        yield taken(_Problem("truncated", "the file ends before the ']' that closes the array"))
-    elif row:
-        yield taken(_Problem("several_objects", "there is something after the ']' that closes the array"))
-
-
-def _advance(at: tuple[int, int], passed: bytes) -> tuple[int, int]:
-    """The line and column of the byte after `passed`, which starts at `at`."""
-    newlines = passed.count(b"\n")
-    column = len(passed) - passed.rfind(b"\n") if newlines else at[1] + len(passed)
-    return at[0] + newlines, column
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise _Problem("duplicate_key", f"the key {ascii(twice)[:40]} stands twice in one object")
-    return value
-
-
-def _no_constant(word: str) -> None:
-    raise _Problem("not_a_number", f"{word} is not JSON")
-
-
-# Integers as floats: no number is used, and int() refuses long ones.
-_decode = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant, parse_int=float).decode
-
-
-def _parse(row: _Row) -> dict[str, Any]:
-    raw = row.raw
-    if row.problem:
-        raise row.problem
-    if (nul := raw.find(b"\0")) >= 0:
-        raise _Problem("nul", "a NUL byte: the file is damaged, or not UTF-8", nul)
-    if raw.startswith(b"\xef\xbb\xbf"):
-        raise _Problem("byte_order_mark", "a byte order mark inside the file: remove these three bytes", 0)
     try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if error.reason == "unexpected end of data":
-            raise _Problem("truncated", "the file ends inside a character", error.start) from None
-        raise _Problem("bad_utf8", f"byte 0x{raw[error.start]:02x} is not UTF-8", error.start) from None
-    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH and _nesting(raw)[0] > MAX_DEPTH:
-        raise _Problem("too_deep", f"brackets are nested more than {MAX_DEPTH} deep")
-    try:
-        value = _decode(text)
-    except json.JSONDecodeError as error:
-        offset = len(text[: error.pos].encode())
-        if error.msg == "Extra data":
-            raise _Problem("several_objects", "there is more after the row's object", offset) from None
-        if _nesting(raw)[1] > 0:
-            message = "the row ends inside an object: it was cut off, or is spread over several lines"
-            raise _Problem("truncated", message, len(raw.rstrip(WHITE))) from None
-        raise _Problem("bad_json", f"not JSON: {error.msg[:1].lower()}{error.msg[1:]}", offset) from None
-    if not isinstance(value, dict):
-        raise _Problem("not_an_object", f"the row is {_kind(value)}, not an object with keys")
-    return value
-
-
-def _nesting(raw: bytes) -> tuple[int, int]:
-    """How deep brackets outside strings nest (counting ends above MAX_DEPTH), and how many are left open."""
-    stack, deepest = bytearray(), 0
-    for bracket in re.findall(rb"[\[\]{}]", _STRING.sub(b"", raw)):
-        if bracket in b"[{":
-            stack += bracket
-            deepest = max(deepest, len(stack))
-        elif not stack or stack.pop() != CLOSES[bracket]:
-            return deepest, 0
-        if deepest > MAX_DEPTH:
-            break
-    return deepest, len(stack)
-
-
-def _format(row: dict[str, Any], asked: str, found: str | None) -> tuple[str, tuple[str, ...]]:
-    """The row's format, `found` where that is known, and the keys that show it. Errors: _Problem, Refused."""
-    # TRL's and LLaMA-Factory's marks of good and bad answers: training would teach the bad ones too.
-    marked = isinstance(row.get("label", row.get("kto_tag")), bool)
-    if marked or ("chosen" in row and "rejected" in row):
+        at = _check_head(file, kind, codec)
+        if kind == ".parquet":
+            yield from parquet_rows(file.relpath, file.path, wanted)
+            return
+        with open_unpacked(file.path, codec) as stream:
+            if kind == ".csv":
+                rows = csv_rows(file.relpath, stream, wanted)
+            elif kind == ".json":
+                lead = stream.read(at)
+                rows = elements(stream, advance((1, 1), lead))
+            else:
+                rows = lines(stream)
+            for row in rows:
+                line = row.line
+                yield row
+    except Damaged as damage:
+        behind = f", behind line {line}" if line else ""
         raise Refused(
-            f"{'grades its answer' if marked else 'has chosen and rejected'}: this is preference data",
-            "chats with one good answer each, for supervised training (preferences are for DPO and KTO)",
-            "leave the file out of prepare.files, or write rows with the good answers alone",
-        )
-    fits = [(name, keys) for name, keys in FORMATS if all(key in row for key in keys)]
-    if not fits and isinstance(row.get("text"), str):
+            f"{file.relpath} {damage}{behind}",
+            "a whole file, so that no row is lost uncounted",
+            "write or copy it anew, or name it as what it is",
+        ) from None
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _kind(file: DataFile) -> tuple[str, str | None]:
+    """What the name says: the kind of rows, and how they are compressed. Errors: Refused."""
+    name, codec = file.relpath, None
+    for suffix, packs in CODECS.items():
+        if name.endswith(suffix):
+            name, codec = name.removesuffix(suffix), packs
+    for kind in KINDS:
+        if name.endswith(kind) and not (kind == ".parquet" and codec):
+            return kind, codec
+    if name.endswith(".parquet"):
         raise Refused(
-            "has text and nothing that answers it: this is plain text",
-            "chats, where it is known which words are the assistant's",
-            "leave the file out of prepare.files, or write each text as a prompt and its completion",
+            f"{file.relpath} is Parquet inside of {codec}",
+            "a .parquet file, which compresses itself",
+            "unpack it",
         )
-    candidates = [fit for fit in fits if asked in ("auto", fit[0])]
-    if len(candidates) == 1 and found in (None, candidates[0][0]):
-        return candidates[0]
-    names, shown = " and ".join(name for name, _ in fits), _shown(row)
-    if len(candidates) > 1:
-        raise _Problem("ambiguous_format", f"the keys {shown} fit {names}: set prepare.format or drop keys")
-    if fits:
-        raise _Problem("mixed_format", f"the row is {names}, but its file is read as {found}")
-    known = "; ".join(f"{name}: {'/'.join(keys)}" for name, keys in FORMATS if asked in ("auto", name))
-    cause = "unknown_format" if asked == "auto" else "missing_key"
-    raise _Problem(cause, f"the keys {shown} are not those of {known}")
-
-
-def _turns(row: dict[str, Any], format: str, keys: tuple[str, ...]) -> list[Turn]:
-    """The turns of a row, their contents not yet looked at. Errors: _Problem, Refused."""
-    if format == "messages":
-        return _listed(row, keys[0], "role", "content", ROLES)
-    system = [] if _blank(row.get("system")) else [("system", row["system"], "system")]
-    if format == "sharegpt":
-        return system + _listed(row, keys[0], "from", "value", SHAREGPT_ROLES)
-    asks, answers = keys
-    question = row[asks]
-    if format == "alpaca" and not _blank(row.get("input")):
-        question = _text(question, asks) + "\n\n" + _text(row["input"], "input")
-    if format == "alpaca" and row.get("history"):
-        raise _Problem("history", "earlier turns under history are not read: use the messages format")
-    return [*system, ("user", question, asks), ("assistant", row[answers], answers)]
-
-
-def _listed(row: dict[str, Any], key: str, role_key: str, text_key: str, roles: dict[str, str]) -> list[Turn]:
-    if row.get("tools") not in (None, "", "[]", []):
-        raise _tool_transcript("offers tools")
-    if not isinstance(row[key], list):
-        raise _Problem("not_a_list", f"{key} is {_kind(row[key])}, not a list of turns")
-    turns = []
-    for number, turn in enumerate(row[key], 1):
-        if not isinstance(turn, dict):
-            raise _Problem("not_an_object", f"turn {number} is {_kind(turn)}, not an object")
-        role = turn.get(role_key)
-        if isinstance(role, str) and role in TOOL_ROLES:
-            raise _tool_transcript(f"has the role {role} in turn {number}")
-        if turn.get("tool_calls") or turn.get("function_call"):
-            raise _tool_transcript(f"calls a tool in turn {number}")
-        if role_key not in turn or text_key not in turn:
-            raise _Problem(
-                "missing_key", f"turn {number} needs {role_key} and {text_key}, has {_shown(turn)}"
-            )
-        if not isinstance(role, str) or role not in roles:
-            raise _Problem("wrong_role", f"turn {number} is {ascii(role)[:40]}, not {' or '.join(roles)}")
-        turns.append((roles[role], turn[text_key], f"turn {number}"))
-    return turns
-
-
-def _tool_transcript(found: str) -> Refused:
-    return Refused(
-        f"{found}: this is a tool transcript",
-        "system, user and assistant turns; the chat template would drop tool turns without a word",
-        "leave the file out of prepare.files, or write calls and results as text in assistant and user turns",
+    raise Refused(
+        f"{file.relpath} is none of {', '.join(KINDS)}",
+        "a chat a line in .jsonl, an array of chats in .json, either or .csv with .gz or .zst behind it, or .parquet",
+        "convert it, or make prepare.files match only the files with chats",
     )
 
 
-def _conversation(turns: list[Turn]) -> tuple[dict[str, str], ...]:
-    """(system) user assistant user assistant ... assistant. Errors: _Problem."""
-    messages: list[dict[str, str]] = []
-    expected = "user"
-    for role, said, place in turns:
-        if role != expected and (role != "system" or messages):
-            raise _Problem("wrong_order", f"{place} is {role}, where {expected} should speak")
-        messages.append({"role": role, "content": _text(said, place)})
-        expected = "assistant" if role == "user" else "user"
-    if expected == "assistant":
-        raise _Problem("wrong_order", "the last turn is user: there is no answer to learn")
-    if not messages or messages[-1]["role"] == "system":
-        raise _Problem("no_turns", "the conversation has no turns")
-    return tuple(messages)
+def _check_head(file: DataFile, kind: str, codec: str | None) -> int:
+    """How many bytes stand before the first row. Errors: Refused where the first bytes do not fit the name, Damaged."""
+    with open_unpacked(file.path, codec) as stream:
+        head = stream.read(CHUNK_BYTES)
+    bare = head.lstrip(WHITE)
+    first = bare[:1]
+    for mark, (encoding, do) in MARKS.items():
+        if head.startswith(mark):
+            raise Refused(
+                f"{file.relpath}:1:1 starts with the byte order mark of {encoding}",
+                "UTF-8 without a byte order mark",
+                f"write it anew{', unpacked' if codec else ''}: {do} {file.relpath} > clean",
+            )
+    found = do = ""
+    for magic, told in OTHER_CONTENT.items():
+        if head.startswith(magic) and (kind, magic) != (".parquet", b"PAR1"):
+            found, do = f"is {told[0]}, not what its name says", told[1]
+    if not found and kind == ".jsonl" and first == b"[":
+        found, do = "starts with '[', as a JSON array does", "rename it to .json if it is one"
+    elif not found and kind == ".json" and first != b"[":
+        found = f"starts with {first.decode('latin-1')!r}, not with '['" if first else "is empty"
+        if len(head) == CHUNK_BYTES and not first:
+            found = f"starts with {CHUNK_BYTES:,} bytes of white space"
+        do = "rename it to .jsonl if each line is an object; keep only the array if it lies below a key"
+    if found:
+        raise Refused(f"{file.relpath} {found}", "a chat a line in .jsonl, or an array of chats in .json", do)
+    return len(head) - len(bare) + 1 if kind == ".json" else 0
 
 
-def _text(value: Any, place: str) -> str:
-    """`value` unchanged, or its text parts joined. Errors: _Problem."""
-    if isinstance(value, list):
-        parts = [part for part in value if isinstance(part, dict) and part.get("type") == "text"]
-        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-        if len(texts) != len(value):
-            raise _Problem("not_text", f"{place} has a part that is not text")
-        value = "".join(texts)
-    if not isinstance(value, str):
-        raise _Problem("not_text", f"{place} is {_kind(value)}, not text")
-    if _blank(value):
-        raise _Problem("empty_turn", f"{place} is empty")
-    if "\0" in value:
-        raise _Problem("nul", f"{place} has a NUL character")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(value[error.start]):04x}"
-        raise _Problem("lone_surrogate", f"{place} has {half}, half of a character") from None
-    return value
+# --- blocks
 
 
-def _blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
+def _cut(file: DataFile, stream: BinaryIO) -> Iterator[Block]:
+    pieces: list[bytes] = []
+    size, line, first_line = 0, 0, 1
+    # Behind the smallest size each byte is as likely as any other to be in the line that ends a block.
+    often = 2**32 / (MEAN_BLOCK_BYTES - MIN_BLOCK_BYTES)
+
+    def block(last: bytes = b"", rest: Iterable[bytes] = ()) -> Block:
+        digest = hashlib.sha256(b".jsonl\0")
+        data = last or b"".join(pieces)
+        digest.update(data)
+        for chunk in rest:
+            digest.update(chunk)
+        return Block(file, first_line, digest.hexdigest(), data)
+
+    while raw := stream.readline(MAX_ROW_BYTES + 1):
+        line += 1
+        if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
+            if pieces:
+                yield block()
+            first_line = line
+            yield block(raw, _rest_of_line(stream))
+        else:
+            pieces.append(raw)
+            size += len(raw)
+            if size < MIN_BLOCK_BYTES or (size < MAX_BLOCK_BYTES and zlib.crc32(raw) > often * len(raw)):
+                continue
+            yield block()
+        pieces, size, first_line = [], 0, line + 1
+    if pieces:
+        yield block()
 
 
-def _shown(row: dict[str, Any]) -> str:
-    return ", ".join(ascii(key)[:40] for key in sorted(row)[:8]) or "none"
-
-
-def _kind(value: Any) -> str:
-    names = {str: "text", list: "a list", dict: "an object", float: "a number", bool: "true or false"}
-    return names.get(type(value), "null")
+def _rest_of_line(stream: BinaryIO) -> Iterator[bytes]:
+    while rest := stream.readline(CHUNK_BYTES):
+        yield rest
+        if rest.endswith(b"\n"):
+            return

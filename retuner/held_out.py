@@ -47,11 +47,49 @@ class EarlierSet:
     """That file, in the store."""
 
 
+@dataclass(frozen=True)
+class HeldOutSets:
+    """What a run's `prepare` must know besides its data and its params."""
+
+    frozen: FrozenSet | None
+    earlier: tuple[EarlierSet, ...]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Their part of a step's identity."""
+        return {
+            "frozen": self.frozen.sha256 if self.frozen else None,
+            "earlier": [each.digest for each in self.earlier],
+        }
+
+    def spelled(self) -> dict[str, Any]:
+        """For a lineage: enough to have the same sets again."""
+        frozen = self.frozen
+        return {
+            "frozen": {"name": frozen.name, "groups": sorted(frozen.groups)} if frozen else None,
+            "earlier": [
+                {"name": each.name, "digest": each.digest, "splits": each.path.parent.name}
+                for each in self.earlier
+            ],
+        }
+
+
 def split_rule(prepare: Mapping[str, Any]) -> str:
     """How a run picks its held-out side, from its `prepare` params as plain values. One rule never trains on what
     it held out."""
     frozen_name = prepare.get("held_out_set") or ""
     return f"{prepare['split_salt']} {prepare['held_out_fraction']} {frozen_name}"
+
+
+def sets_of(
+    runtime: Runtime,
+    model_name: str,
+    prepare: Mapping[str, Any],
+    say: Callable[[str], None] = lambda line: None,
+) -> HeldOutSets:
+    """The sets for a run of these `prepare` params, as they are today. Errors: Refused, Unavailable."""
+    name = prepare.get("held_out_set")
+    return HeldOutSets(frozen(name) if name else None, earlier(runtime, model_name, split_rule(prepare), say))
 
 
 # --- sets frozen by name
@@ -87,6 +125,11 @@ def parse_frozen(name: str, text: bytes) -> FrozenSet:
     if not groups:
         raise _not_frozen(path, 2, "is missing: the set is empty")
     return FrozenSet(name, frozenset(groups), _digest(groups))
+
+
+def frozen_again(told: Mapping[str, Any] | None) -> FrozenSet | None:
+    """The frozen set of a lineage, as `HeldOutSets.spelled` put it there."""
+    return FrozenSet(told["name"], frozenset(told["groups"]), _digest(told["groups"])) if told else None
 
 
 def freeze(name: str, groups: Iterable[str], rule: str, source: str) -> FrozenSet:
@@ -152,34 +195,47 @@ def earlier(
     for version in registry_reads.held_out_sets(runtime, model_name):
         if version.rule == rule or version.digest in found:
             continue
-        manifest = store.verified_manifest("prepare", version.splits) if version.splits else None
         name = f"{model_name} version {version.version}"
-        if manifest is None or held_out_digest(manifest) != version.digest:
+        place = stored(store, version.splits, version.digest)
+        if place is None:
             say(f"the held-out set of {name} is no longer in the store, so it is not looked at for leaks")
             continue
-        place = store.folder(version.splits) / "held_out.jsonl"
         found[version.digest] = EarlierSet(name, version.digest, place)
     return tuple(sorted(found.values(), key=lambda each: each.digest))
 
 
-def held_out_digest(manifest: Mapping[str, Any]) -> str:
-    """What names the held-out side of a stored `prepare` result."""
-    return manifest["files"]["held_out.jsonl"]["sha256"]
+def stored(store: Store, splits: str, digest: str) -> Path | None:
+    """The held_out.jsonl of this digest in a stored `prepare` result; None when it is not there, whole."""
+    manifest = store.verified_manifest("prepare", splits) if splits else None
+    if manifest is None or manifest["files"]["held_out.jsonl"]["sha256"] != digest:
+        return None
+    return store.folder(splits) / "held_out.jsonl"
 
 
 def still_same(runtime: Runtime, model_name: str, identity: Mapping[str, Any]) -> bool:
-    """Whether a `prepare` of this identity would be given the same held-out sets today."""
-    inputs, params = identity["inputs"], identity["params"]
-    name = params.get("held_out_set")
-    if (frozen(name).sha256 if name else None) != inputs.get("frozen"):
-        return False
-    digests = [each.digest for each in earlier(runtime, model_name, split_rule(params))]
-    return digests == list(inputs.get("earlier") or [])
+    """Whether a `prepare` of this identity would be given the same held-out sets today. Errors: as `sets_of`."""
+    today = sets_of(runtime, model_name, identity["params"]).inputs
+    return all(identity["inputs"].get(name) == value for name, value in today.items())
 
 
-def other_rule(runtime: Runtime, model_name: str, version: int, rule: str) -> str | None:
-    """The rule by which a version was split, where it is known and not `rule`: it may have been trained on what is
-    held out now."""
+def seen_by(runtime: Runtime, model_name: str, version: int, rule: str, held_out: Path) -> str | None:
+    """A sentence when a version may have been trained on what is in `held_out`, a held_out.jsonl of `rule`: its scores
+    on that may then be too good. None when it was split by the same rule, tells none, or saw none of it.
+
+    Errors: Unavailable.
+    """
     tags = registry_reads.read_version(runtime, model_name, version) or {}
     theirs = tags.get("split_rule")
-    return theirs if theirs is not None and theirs != rule else None
+    if theirs is None or theirs == rule:
+        return None
+    told = f"{model_name} version {version} was split by another rule ({theirs.strip()}, now {rule.strip()})"
+    splits = registry_reads.splits_of(tags)
+    store = Store(runtime.store, shared_url=runtime.store_remote)
+    if not splits or not store.verified_manifest("prepare", splits):
+        return f"{told}: it may have been trained on what is held out now, and score too well on it"
+    now = groups_in(held_out)
+    seen = len(now & groups_in(store.folder(splits) / "train.jsonl"))
+    if not seen:
+        return None
+    share = f"{seen:,} of the {len(now):,} prompts held out now"
+    return f"{told}: it was trained on {share}, and may score too well on them"

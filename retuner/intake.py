@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from retuner.blocks import Block, blocks, read_block
-from retuner.chats import BadRow, Chat
+from retuner.chats import BadRow, Block, Chat, blocks, format_of_file, read_block
 from retuner.dataset import DataFile
 from retuner.describe import Description
 from retuner.fingerprint import fingerprint
 from retuner.memo import Memo
-from retuner.naming import names_of
+from retuner.naming import draw_of, names_of
 from retuner.redaction import redacted
 from retuner.rows import HEAD, Batch
 from retuner.sketch import sketches, word_hashes, words_of
@@ -93,23 +92,23 @@ class Reading:
     columns: dict[str, str] | None = None
     redact: tuple[str, ...] = ()
     memo: Memo | None = None
+    salt: str = ""
 
     def segments(self, file: DataFile) -> Iterator[tuple[int, Segment]]:
         """The line of the file at which a block begins, with each segment of the block.
 
         Errors: Refused for a file of another kind, Unavailable for one that cannot be read.
         """
-        found = None if self.format == "auto" else self.format
+        found = format_of_file(file, self.format, self.columns)
         for block in blocks(file):
             for segment in self._of_block(block, found):
-                found = found or segment.notes.format
-                yield block.line, segment
+                yield block.first_line, segment
 
     def _of_block(self, block: Block, found: str | None) -> Iterator[Segment]:
         if self.memo is None:
             yield from self._parsed(block, found)
             return
-        settings = [self.format, self.columns, list(self.redact)]
+        settings = [self.format, self.columns, list(self.redact), self.salt]
         name = fingerprint({"bytes": block.sha256, "format": found, "settings": settings})
         if pieces := self.memo.read(name):
             yield from map(Segment.unpacked, pieces)
@@ -120,20 +119,20 @@ class Reading:
                 yield segment
 
     def _parsed(self, block: Block, found: str | None) -> Iterator[Segment]:
-        making = _Making(self.redact)
+        making = _Making(self.redact, self.salt)
         for row in read_block(block, self.format, self.columns, found):
             making.add(row)
             if making.is_full():
                 yield making.made()
-                making = _Making(self.redact)
+                making = _Making(self.redact, self.salt)
         yield making.made()
 
 
 class _Making:
     """A segment in the making."""
 
-    def __init__(self, redact: tuple[str, ...]):
-        self.redact = redact
+    def __init__(self, redact: tuple[str, ...], salt: str):
+        self.redact, self.salt = redact, salt
         self.rows, self.bytes = 0, 0
         self.format: str | None = None
         self.bad_rows: list[dict[str, Any]] = []
@@ -159,23 +158,25 @@ class _Making:
             self.redacted.update(counts)
         self.format = row.format
         names = names_of(messages)
-        line = spelled_row(names.group.hex(), names.id.hex(), messages)
+        group = names.group.hex()
+        line = spelled_row(group, names.id.hex(), messages)
         words = words_of(messages)
         self.description.add(messages)
         self.names += [names.group, names.id, names.key, names.prompt[:8], names.talk[:8]]
+        self.names.append(draw_of(group, self.salt)[:8])
         self.words += words
         self.counts.append(len(words))
         self.lines.append(line)
         self.bytes += len(line)
 
     def made(self) -> Segment:
-        heads = np.zeros(len(self.lines), HEAD)
+        heads: Any = np.zeros(len(self.lines), HEAD)
         counts = np.array(self.counts, np.int64)
         words = word_hashes(self.words)
-        names = np.frombuffer(b"".join(self.names), ">u8").reshape(len(heads), 8)
+        names = np.frombuffer(b"".join(self.names), ">u8").reshape(len(heads), 9)
         for place, name in enumerate(("group", "id", "key")):
             heads[name] = names[:, 2 * place : 2 * place + 2]
-        heads["prompt"], heads["talk"] = names[:, 6], names[:, 7]
+        heads["prompt"], heads["talk"], heads["draw"] = names[:, 6], names[:, 7], names[:, 8]
         heads["words"], heads["line"] = counts, [len(line) for line in self.lines]
         heads["bands"] = sketches(words, counts)
         spelled = words.astype("<u4").tobytes()

@@ -71,7 +71,7 @@ class Runs:
         words = int(rows.word_counts(np.flatnonzero(rows.sides > 0)).sum())
         bits = min(MOST_FILTER_BITS, 1 << max(16, (words * FILTER_BITS).bit_length()))
         self.shift = np.uint32(32 - bits.bit_length() + 1)
-        self.filter = np.zeros(bits // 8, np.uint8)
+        self.filter: Any = np.zeros(bits // 8, np.uint8)
         for is_train, side in ((False, self.held_out), (True, self.train)):
             for first, words_, counts in rows.all_words():
                 self._add(side, is_train, first, words_, counts)
@@ -123,13 +123,13 @@ class Runs:
         self._write(side[LONG], hashes, at, first, ends)
 
     def _write(self, records: Records, hashes: Any, at: Any, first: int, ends: Any) -> None:
-        runs = np.empty(len(at), GRAM)
+        runs: Any = np.empty(len(at), GRAM)
         runs["hash"] = hashes
         runs["row"] = first + np.searchsorted(ends, at, "right")
         records.add(runs, (hashes >> np.uint64(56)).astype(np.uint8))
 
     def _keys(self, words: Any) -> tuple[Any, Any]:
-        """For each word two places in the filter for the run of eight that begins there (Bloom, 1970). The last have none."""
+        """Two places in the filter for the run of eight that begins at each word (Bloom, 1970), but the last seven."""
         made = words.copy()
         for reach in (1, 2, 4):  # 2, 4, then 8 words
             times = np.uint32(pow(int(_STEP), reach, 2**32))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 KEPT_DAYS = 30
+DAY = 86_400
 KEPT_BYTES = 8 * 2**30
 SHA_BYTES = 32
 SIZE = struct.Struct("<Q")
@@ -70,10 +71,10 @@ class Memo:
             except FileNotFoundError:
                 continue  # another process was first
             found.append((stat.st_mtime, stat.st_size, path))
-        oldest, kept = time.time() - kept_days * 86_400, 0
+        oldest, abandoned, kept = time.time() - kept_days * DAY, time.time() - DAY, 0
         for used, size, path in sorted(found, reverse=True):
             kept += size
-            if used < oldest or kept > kept_bytes:
+            if used < oldest or kept > kept_bytes or (path.name.startswith(".") and used < abandoned):
                 path.unlink(missing_ok=True)
         for folder in self.root.glob("*"):
             try:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -44,18 +44,17 @@ def group_of(messages: Sequence[dict[str, str]]) -> str:
 
 def is_held_out(group: str, salt: str, held_out_fraction: float) -> bool:
     """The side of a group: true for about `held_out_fraction` of all groups, and for ever the same."""
-    return held_out_by_hash([group], salt, held_out_fraction)[0]
+    return int.from_bytes(draw_of(group, salt)) < limit_of(held_out_fraction)
 
 
-def held_out_by_hash(groups: Iterable[str], salt: str, held_out_fraction: float) -> list[bool]:
-    """`is_held_out` of each."""
-    start, limit = hashlib.sha256(f"{salt}\0".encode()), math.ceil(held_out_fraction * 2**128)
-    drawn = []
-    for group in groups:
-        salted = start.copy()
-        salted.update(group.encode())
-        drawn.append(salted.digest()[:16])
-    return [int.from_bytes(each) < limit for each in drawn]
+def draw_of(group: str, salt: str) -> bytes:
+    """16 bytes, as if drawn by lot, the same ones every time."""
+    return _digest([salt, group])
+
+
+def limit_of(held_out_fraction: float) -> int:
+    """Draws below this are held out."""
+    return math.ceil(held_out_fraction * 2**128)
 
 
 def _digest(parts: list[str]) -> bytes:

@@ -34,8 +34,9 @@ class Found:
         if not len(train):
             return
         self.flags[train] = True
-        first = np.argsort(train, kind="stable")[: 8 * SHOWN]
-        least = dict(sorted(zip(train[first].tolist(), held_out[first].tolist()), reverse=True))
+        order = np.lexsort((held_out, train))
+        first = order[np.unique(train[order], return_index=True)[1][:SHOWN]]
+        least = dict(zip(train[first].tolist(), held_out[first].tolist()))
         for row, other in self.examples:
             least[row] = min(other, least.get(row, other))
         self.examples = sorted(least.items())[:SHOWN]
@@ -50,7 +51,7 @@ class Near:
 
 def find_near(rows: Ordered, similarity: float, usable: Any) -> Near:
     """Looks at usable rows alone. Which pairs are met depends on the rows, not on the order they came in."""
-    parents = np.arange(len(rows), dtype=np.int32)
+    parents: Any = np.arange(len(rows), dtype=np.int32)
     leaks = Found(np.zeros(len(rows), bool))
     for band in range(BANDS):
         for keys, members in _buckets(rows, band, usable):
@@ -79,7 +80,7 @@ def _buckets(rows: Ordered, band: int, usable: Any) -> Iterator[tuple[Any, Any]]
         entries.sort()
         keys = entries >> np.uint64(32)
         same = keys[1:] == keys[:-1]
-        shared = np.zeros(len(keys), bool)
+        shared: Any = np.zeros(len(keys), bool)
         shared[1:] |= same
         shared[:-1] |= same
         yield keys[shared], ((entries[shared] & LOW) * back & LOW).astype(np.int64)
@@ -106,7 +107,8 @@ def _mark_leaks(
         return
     for distances in (range(1), range(1, WINDOW)):
         at = np.flatnonzero(train & ~leaks.flags[members])
-        low, high = np.searchsorted(others, keys[at]), np.searchsorted(others, keys[at], "right")
+        low: Any = np.searchsorted(others, keys[at])
+        high: Any = np.searchsorted(others, keys[at], "right")
         for some in _portions(len(at)):
             for distance in distances:
                 more = (high[some] - low[some] > distance) & ~leaks.flags[members[at[some]]]

@@ -1,13 +1,17 @@
 """Rows in their final order, without duplicates, each on its side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from retuner.naming import is_held_out, limit_of
 from retuner.rows import Batch, Ordered, Parted
+
+HeldOut = Callable[[Any], Any]
+"""For heads, one a group, a bool each."""
 
 
 @dataclass
@@ -18,9 +22,7 @@ class Duplicates:
     """The same but for case and white space."""
 
 
-def order(
-    parted: Parted, rows: Ordered, out: Path, held_out: Callable[[list[str]], list[bool]]
-) -> Duplicates:
+def order(parted: Parted, rows: Ordered, out: Path, held_out: HeldOut) -> Duplicates:
     """Writes train.jsonl and held_out.jsonl by group, then id. Of duplicates the one with the least id stays.
 
     Duplicates share a group, so they meet in their part, and no order of reading matters.
@@ -84,9 +86,33 @@ def _without_duplicates(batch: Batch, dropped: Duplicates) -> Batch:
     return batch.take(kept[np.lexsort((id[:, 1], id[:, 0], group[:, 1], group[:, 0]))])
 
 
-def _sides(batch: Batch, held_out: Callable[[list[str]], list[bool]]) -> Any:
+def _sides(batch: Batch, held_out: HeldOut) -> Any:
+    """1 for the rows that are held out, else 0."""
     group = batch.heads["group"]
     begins = np.flatnonzero(np.concatenate([[True], (group[1:] != group[:-1]).any(1)]))
-    spelled = group[begins].astype(">u8").tobytes().hex()
-    sides = held_out([spelled[at : at + 32] for at in range(0, len(spelled), 32)])
-    return np.repeat(np.array(sides, np.uint16), np.diff(begins, append=len(group)))
+    sides = held_out(batch.heads[begins])
+    return np.repeat(sides.astype(np.uint16), np.diff(begins, append=len(group)))
+
+
+def by_draw(salt: str, held_out_fraction: float) -> HeldOut:
+    """`is_held_out` of groups whose draws were made with this salt."""
+    limit = limit_of(held_out_fraction)
+    high = np.uint64(limit >> 64)
+
+    def held_out(heads: Any) -> Any:
+        sides = heads["draw"] < high
+        for place in np.flatnonzero(heads["draw"] == high):  # the other half of the draw decides
+            sides[place] = is_held_out(_spelled(heads[place : place + 1])[0], salt, held_out_fraction)
+        return sides
+
+    return held_out
+
+
+def by_name(groups: Container[str]) -> HeldOut:
+    """Whether a frozen set has the group."""
+    return lambda heads: np.array([group in groups for group in _spelled(heads)], bool)
+
+
+def _spelled(heads: Any) -> list[str]:
+    spelled = heads["group"].astype(">u8").tobytes().hex()
+    return [spelled[at : at + 32] for at in range(0, len(spelled), 32)]

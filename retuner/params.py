@@ -62,7 +62,7 @@ class NearDuplicates(Strict):
     """Train rows that resemble one another: the Jaccard index of their pairs of neighbouring words."""
 
     similarity: Annotated[float, Field(ge=0.4, le=1.0)] | None
-    """From which two rows count as near duplicates, and a train row near a held-out one as a leak; null: not looked for."""
+    """From which two train rows count as near duplicates, and a train and a held-out row as a leak; null: neither."""
     policy: Literal["report", "remove"]
 
 
@@ -88,7 +88,15 @@ class PrepareParams(Strict):
 
     files: str
     """Glob inside the data folder, e.g. `*.jsonl`."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer"]
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "instruction_response",
+        "prompt_completion",
+        "question_answer",
+    ]
     columns: dict[str, str] | None
     """Your own names for a format's keys."""
     max_bad_rows: Annotated[int, Field(ge=0)]

@@ -39,7 +39,8 @@ _SOME_DIGITS = re.compile(r"(?:\d\D{0,3}){7}")
 # detect-secrets finds the first line of a private key and the first half of a JSON Web Token (RFC 7519): these
 # take the whole. The next is RFC 6750's header; Anthropic's and Google's keys by their documented beginnings.
 _OWN_SECRETS = (
-    r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----[\s\S]*?(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|\Z)",
+    r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----[\s\S]*?"
+    r"(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|\Z)",
     r"\beyJ[\w-]{8,}=*\.eyJ[\w-]{8,}=*(?:\.[\w+/=-]*)?",
     r"(?i)\bbearer ([\w.~+/-]{20,}=*)",
     r"\bsk-ant-[\w-]{20,}",

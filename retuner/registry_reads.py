@@ -117,15 +117,15 @@ def find_version(runtime: Runtime, model_name: str, adapter_sha256: str) -> int 
 
 def held_out_sets(runtime: Runtime, model_name: str) -> list[HeldOut]:
     """Of every version whose tags tell its held-out set, oldest first. Errors: Unavailable."""
-    told = [(version, tags) for version, tags in sorted(_all_tags(runtime, model_name).items())]
     return [
-        HeldOut(version, tags["held_out_digest"], tags["split_rule"], _splits_of(tags))
-        for version, tags in told
+        HeldOut(version, tags["held_out_digest"], tags["split_rule"], splits_of(tags))
+        for version, tags in sorted(_all_tags(runtime, model_name).items())
         if {"held_out_digest", "split_rule"} <= tags.keys()
     ]
 
 
-def _splits_of(tags: dict[str, str]) -> str:
+def splits_of(tags: dict[str, str]) -> str:
+    """The fingerprint of the `prepare` result that a version was made from, empty when its tags do not tell."""
     return json.loads(tags.get("stage_fingerprints", "{}")).get("prepare", "")
 
 

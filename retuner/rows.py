@@ -17,6 +17,7 @@ HEAD = np.dtype(
         ("group", "<u8", (2,)),
         ("id", "<u8", (2,)),
         ("key", "<u8", (2,)),  # of the conversation but for case and white space
+        ("draw", "<u8"),  # the first half of what the group drew, see retuner.naming
         ("prompt", "<u8"),  # of all before the first answer but for case, white space and the system's text
         ("talk", "<u8"),  # of the conversation likewise
         ("words", "<u4"),
@@ -77,7 +78,7 @@ class Records:
     def add(self, records: Any, parts: Any) -> Any:
         """A run: its records are ordered by part, and the order is returned. `parts` are below PARTS."""
         order = np.argsort(parts, kind="stable")
-        begins = np.zeros(PARTS + 1, np.int64)
+        begins: Any = np.zeros(PARTS + 1, np.int64)
         np.cumsum(np.bincount(parts, minlength=PARTS), out=begins[1:])
         self.file.write(records[order].tobytes())
         self.file.flush()
@@ -145,7 +146,7 @@ class Parted:
         sizes = body_sizes(heads)
         ends = heads["place"].astype(np.int64) + sizes
         begins = np.flatnonzero(np.concatenate([[True], heads["place"][1:] != ends[:-1]]))
-        lasts = np.append(begins[1:], len(heads)) - 1
+        lasts: Any = np.append(begins[1:], len(heads)) - 1
         spans = zip(heads["place"][begins].tolist(), ends[lasts].tolist())
         return b"".join([_read(self.bodies, begin, end - begin) for begin, end in spans])
 
@@ -212,7 +213,7 @@ class Ordered:
         """(rows, BANDS) of the rows that are numbered, in ascending order."""
         size, pieces = BANDS * 4, []
         for first in range(0, len(self), PAGE_ROWS):
-            low, high = np.searchsorted(rows, [first, first + PAGE_ROWS])
+            low, high = _bounds(rows, first, PAGE_ROWS)
             wanted = rows[low:high]
             if len(wanted) > PAGE_ROWS // 64:
                 count = min(PAGE_ROWS, len(self) - first)
@@ -255,13 +256,18 @@ def _gathered(file: BinaryIO, begins: Any, ends: Any) -> bytes:
     if not len(begins):
         return b""
     first = np.concatenate([[0], np.flatnonzero(begins[1:] - ends[:-1] > GAP_BYTES) + 1])
-    spans = zip(first.tolist(), np.append(first[1:], len(begins)).tolist())
+    spans: Any = zip(first.tolist(), np.append(first[1:], len(begins)).tolist())
     pieces = []
     for low, high in spans:
         at = int(begins[low])
         data = _read(file, at, int(ends[high - 1]) - at)
         pieces.append(data if high - low == 1 else _joined(data, begins[low:high] - at, ends[low:high] - at))
     return b"".join(pieces)
+
+
+def _bounds(rows: Any, first: int, count: int) -> tuple[int, int]:
+    """Where, in ascending numbers, those of `count` rows from `first` on begin and end."""
+    return int(np.searchsorted(rows, first)), int(np.searchsorted(rows, first + count))
 
 
 def _records(file: BinaryIO, first: int, count: int, size: int) -> bytes:

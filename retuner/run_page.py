@@ -64,6 +64,7 @@ def note(report: ReportFacts, decision: Decision, lines: dict[str, str]) -> str:
     said = "passed" if decision.passed else "said no"
     text = [f"**Gate: {said}** ({decision.confidence:.0%} intervals)", ""]
     text += [f"- {verdict_line(v)}" for v in decision.verdicts]
+    text += [f"- beware: {warning}" for warning in decision.notes]
     text += ["", f"| metric | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
     for metric in report.scores["candidate"]:
         cells = [f"{report.scores[m][metric]:.4g}" if metric in report.scores[m] else "" for m in models]

@@ -89,3 +89,13 @@ def load_runtime(**flags: object) -> Runtime:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     return Runtime(**{name: value for name, value in flags.items() if value is not None})  # type: ignore[arg-type]
+
+
+def person() -> str:
+    """Who runs this, as the operating system knows them."""
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"

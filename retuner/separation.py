@@ -1,6 +1,7 @@
 """What is done about leaks and near duplicates, kind by kind, and what the report says of them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,14 @@ class Separation:
 
 
 def separate(
-    rows: Ordered, folder: Path, train: Path, params: PrepareParams, against: tuple[str, ...]
+    rows: Ordered, folder: Path, params: PrepareParams, sides: Sequence[tuple[str, Path]]
 ) -> Separation:
-    """`train` is train.jsonl as it was written; `against` names the sides above 0.
+    """`sides` are the names and the files of train, held-out and the held-out sets of earlier versions.
 
     Errors: Refused when there are leaks of a kind that params refuse.
     """
     made = Separation(np.zeros(len(rows), bool))
-    shown = _Shown(rows, train, against)
+    shown = _Shown(rows, sides)
     for kind, field_ in (("exact", "talk"), ("same_prompt", "prompt")):
         _deal_with(made, kind, same(rows, field_, ~made.removed), params, shown)
     similarity = params.near_duplicates.similarity
@@ -71,17 +72,16 @@ class _Shown:
     """Rows as people see them."""
 
     rows: Ordered
-    train: Path
-    against: tuple[str, ...]
+    sides: Sequence[tuple[str, Path]]
 
     def id(self, row: int) -> str:
         high, low = self.rows.head(row)["id"].tolist()
         return f"{high:016x}{low:016x}"
 
     def start(self, row: int) -> str:
-        """How what the user says in a train row begins."""
+        """How what the user says in a row begins."""
         head = self.rows.head(row)
-        with self.train.open("rb") as file:
+        with self.sides[self.rows.sides[row]][1].open("rb") as file:
             file.seek(int(head["place"]))
             turns = json.loads(file.read(int(head["line"])))["messages"]
         said = next(turn["content"] for turn in turns if turn["role"] == "user")
@@ -92,7 +92,8 @@ class _Shown:
             "train": self.id(train),
             "held_out": self.id(held_out),
             "start": self.start(train),
-            "against": self.against[int(self.rows.sides[held_out]) - 1],
+            "held_out_start": self.start(held_out),
+            "against": self.sides[self.rows.sides[held_out]][0],
         }
 
 
@@ -117,7 +118,7 @@ def _deal_with_clusters(
     order = np.lexsort((ids[:, 1], ids[:, 0], roots))
     members, roots = members[order], roots[order]
     begins = np.flatnonzero(np.concatenate([[True], roots[1:] != roots[:-1]])) if len(roots) else order
-    extra = np.ones(len(members), bool)
+    extra: Any = np.ones(len(members), bool)
     extra[begins] = False
     if params.near_duplicates.policy == "remove":
         made.removed[members[extra]] = True
@@ -141,13 +142,13 @@ def _deal_with_clusters(
 
 def _members(made: Separation, rows: Ordered, clusters: Any) -> tuple[Any, Any]:
     """The rows of clusters of two and more, and which cluster each is of."""
-    nobody = np.zeros(0, np.int64)
+    nobody: Any = np.zeros(0, np.int64)
     if clusters is None:
         return nobody, nobody
     members = np.flatnonzero(~made.removed & (rows.sides == 0))
     roots = clusters[members]
     # Most rows are alone: look closer only at those whose root has company.
-    company = np.zeros(len(rows), bool)
+    company: Any = np.zeros(len(rows), bool)
     company[roots[roots != members]] = True
     members, roots = members[company[roots]], roots[company[roots]]
     known, counts = np.unique(roots, return_counts=True)
@@ -156,8 +157,8 @@ def _members(made: Separation, rows: Ordered, clusters: Any) -> tuple[Any, Any]:
 
 
 def _ids(rows: Ordered, members: Any) -> Any:
-    made = np.zeros((len(members), 2), np.uint64)
+    made: Any = np.zeros((len(members), 2), np.uint64)
     for first, heads in rows.heads():
-        low, high = np.searchsorted(members, [first, first + len(heads)])
-        made[low:high] = heads["id"][members[low:high] - first]
+        mine = (members >= first) & (members < first + len(heads))
+        made[mine] = heads["id"][members[mine] - first]
     return made

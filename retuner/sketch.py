@@ -24,7 +24,10 @@ _ASCII_WORDS = bytes(
     ord(chr(byte).lower()) if chr(byte).isalnum() or byte == ord("_") else ord(" ") for byte in range(128)
 ) + bytes(128)
 # Scripts without spaces between words: each character counts as a word.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Japanese, Chinese
+)
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _NOTHING = np.uint32(0xFFFFFFFF)
 
@@ -65,7 +68,7 @@ def pair_hashes(words: Any, counts: Any) -> tuple[Any, Any]:
     ends = np.cumsum(counts)
     pairs = words.astype(np.uint64)
     pairs[:-1] |= pairs[1:] << np.uint64(32)
-    kept = np.ones(len(words), bool)
+    kept: Any = np.ones(len(words), bool)
     kept[ends[counts > 1] - 1] = False
     lone = ends[counts == 1] - 1
     pairs[lone] = words[lone]
@@ -75,7 +78,7 @@ def pair_hashes(words: Any, counts: Any) -> tuple[Any, Any]:
 def sketches(words: Any, counts: Any) -> Any:
     """(rows, BANDS) uint32. Rows without words get a sketch too, which means nothing."""
     pairs, sizes = pair_hashes(words, counts)
-    least = np.full((PERMUTATIONS, len(sizes)), _NOTHING, np.uint32)
+    least: Any = np.full((PERMUTATIONS, len(sizes)), _NOTHING, np.uint32)
     filled = sizes > 0
     if len(pairs):
         hashes = (pairs >> np.uint64(32)).astype(np.uint32)
@@ -93,15 +96,15 @@ def sketches(words: Any, counts: Any) -> Any:
 def resemblances(words: Any, counts: Any, left: Any, right: Any) -> Any:
     """The Jaccard index of each pair of rows; `left` and `right` number rows of `words`, fewer than 2^20 of them."""
     pairs, sizes = pair_hashes(words, counts)
-    rows = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)
-    # 44 bits of the hash, so that one sort orders rows and, in them, pairs: a text's repeated pairs then stand together.
+    rows: Any = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)
+    # 44 bits of the hash, so that one sort orders rows and, in them, pairs: repeated pairs then stand together.
     cut = (rows << np.uint64(44)) | (pairs >> np.uint64(20))
     cut.sort()
     cut = cut[np.concatenate([[True], cut[1:] != cut[:-1]])] if len(cut) else cut
     sizes = np.bincount((cut >> np.uint64(44)).astype(np.int64), minlength=len(sizes))
     begins = np.cumsum(sizes) - sizes
     cut &= np.uint64(2**44 - 1)
-    found = np.zeros(len(left), np.int64)
+    found: Any = np.zeros(len(left), np.int64)
     step = 2**14
     for first in range(0, len(left), step):
         some = slice(first, first + step)

@@ -6,15 +6,15 @@ order can move it: the held-out side stays held out as data grows. What is remov
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retuner.artifacts import SplitsFacts
 from retuner.dataset import DataFile, Dataset
-from retuner.errors import Refused
-from retuner.naming import held_out_by_hash
+from retuner.errors import Refused, Unavailable
+from retuner.files import sha256_file
 from retuner.observe import Observer
 from retuner.params import PrepareParams
 
@@ -45,11 +45,11 @@ def prepare(
 
     Errors: Refused when no file matches, a file is of another kind, there are more bad rows than
     `params.max_bad_rows`, there is a leak of a kind that is to be refused, or a side would be empty. The message
-    says where and what to do.
+    says where and what to do. Unavailable when a file cannot be read or an earlier held-out set is damaged.
     """
     # A cached run imports this module too, and should not pay for numpy.
     from retuner.intake import Counts, Reading
-    from retuner.ordering import drop, groups, order
+    from retuner.ordering import by_draw, by_name, drop, groups, order
     from retuner.rows import Ordered, Parted
     from retuner.separation import separate
 
@@ -57,25 +57,20 @@ def prepare(
     counts = Counts(max(params.max_bad_rows, SHOWN_ROWS))
     parted, rows = Parted(work), Ordered(work)
     try:
-        reading = Reading(params.format, params.columns, params.redact, memo)
+        reading = Reading(params.format, params.columns, params.redact, memo, params.split_salt)
         _read(files, reading, counts, parted, observer)
         if counts.rejected.total() > params.max_bad_rows:
             raise _too_many_bad_rows(counts, params.max_bad_rows)
 
-        def held_out(groups: list[str]) -> list[bool]:
-            if frozen:
-                return [group in frozen.groups for group in groups]
-            return held_out_by_hash(groups, params.split_salt, params.held_out_fraction)
-
-        duplicates = order(parted, rows, out, held_out)
+        chosen = by_name(frozen.groups) if frozen else by_draw(params.split_salt, params.held_out_fraction)
+        duplicates = order(parted, rows, out, chosen)
         _add_earlier(rows, earlier, memo)
         rows.finish()
         train, held = rows.sides == 0, rows.sides == 1
         if not train.any() or not held.any():
             raise _empty_side(int((train | held).sum()), groups(rows, train), groups(rows, held), params)
-        apart = separate(
-            rows, work, out / "train.jsonl", params, ("held-out", *(each.name for each in earlier))
-        )
+        sides = [("train", out / "train.jsonl"), ("held-out", out / "held_out.jsonl")]
+        apart = separate(rows, work, params, [*sides, *((each.name, each.path) for each in earlier)])
         if apart.removed.any():
             drop(out / "train.jsonl", rows, apart.removed)
         kept = train & ~apart.removed
@@ -101,7 +96,21 @@ def prepare(
         rows.close()
     (out / "aside").mkdir()
     _write(out / "aside" / "quarantine.jsonl", (_json(asdict(bad)) for bad in counts.bad_rows))
-    report = {
+    _write(out / "aside" / "report.json", [_json(_report(facts, counts, apart, params, frozen))])
+    for line in _told(facts, counts, apart, params):
+        observer.say(line)
+    return facts
+
+
+def _report(
+    facts: SplitsFacts,
+    counts: "Counts",
+    apart: "Separation",
+    params: PrepareParams,
+    frozen: "FrozenSet | None",
+) -> dict[str, Any]:
+    """aside/report.json, see `retuner.data_report.DataReport`."""
+    return {
         "formats": facts.formats,
         "rows_by_file": counts.rows_by_file,
         "rows_read": facts.rows_read,
@@ -121,10 +130,6 @@ def prepare(
         },
         "description": counts.description.spelled(),
     }
-    _write(out / "aside" / "report.json", [_json(report)])
-    for line in _told(facts, counts, apart, params):
-        observer.say(line)
-    return facts
 
 
 def _told(facts: SplitsFacts, counts: "Counts", apart: "Separation", params: PrepareParams) -> Iterator[str]:
@@ -194,15 +199,24 @@ def _read(
 
 
 def _add_earlier(rows: "Ordered", earlier: Sequence["EarlierSet"], memo: "Memo | None") -> None:
-    """The rows of each earlier held-out set, as a side of their own."""
+    """The rows of each earlier held-out set, as a side of their own. Errors: Unavailable when one is damaged."""
     import numpy as np
 
     from retuner.intake import Reading
 
     for side, held_out in enumerate(earlier, 2):
-        file = DataFile(f"{held_out.name}.jsonl", held_out.path, held_out.path.stat().st_size, "")
+        if sha256_file(held_out.path) != held_out.digest:
+            raise Unavailable(
+                f"the held-out set of {held_out.name} is damaged: {held_out.path} has another digest",
+                held_out.digest,
+                "run the same command again: the damaged copy is set aside",
+            )
+        file, read = DataFile(f"{held_out.name}.jsonl", held_out.path, held_out.path.stat().st_size, ""), 0
         for _, segment in Reading("messages", memo=memo).segments(file):
-            rows.add(segment.batch, np.full(len(segment.batch.heads), side))
+            heads = segment.batch.heads.copy()
+            heads["place"] = read + np.cumsum(heads["line"], dtype=np.int64) - heads["line"]
+            read += int(heads["line"].sum(dtype=np.int64))
+            rows.add(replace(segment.batch, heads=heads), np.full(len(heads), side))
 
 
 def _too_many_bad_rows(counts: "Counts", max_bad_rows: int) -> Refused:

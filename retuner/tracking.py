@@ -25,7 +25,7 @@ from retuner.files import disk_full_said
 from retuner.mlflow_rest import check_health, is_server, without_credentials
 from retuner.registry_reads import sqlite_path
 from retuner.run_page import flat
-from retuner.runtime import Runtime
+from retuner.runtime import Runtime, person
 
 if TYPE_CHECKING:  # neither is needed by a fully cached run
     from mlflow import MlflowClient
@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # neither is needed by a fully cached run
 T = TypeVar("T")
 
 KEY_TAG = "retuner.key"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""So that MLflow's page opens on training runs; left to itself it takes tables of answers for an agent's."""
 BATCH = 100
 """Params or tags that MLflow takes in one call."""
 
@@ -112,7 +114,7 @@ def open_run(
     with mlflow_said(runtime):
         client = mlflow_client(runtime)
         experiment_id = _experiment(client, runtime, experiment)
-        tags = {**tags, KEY_TAG: key}
+        tags = {**tags, KEY_TAG: key, "mlflow.user": person(), "mlflow.source.name": "retuner run"}
         found = _run_of_key(client, experiment_id, key)
         if found is None:
             made = again(client.create_run, experiment_id, tags=tags, run_name=run_name)
@@ -265,7 +267,7 @@ def _experiment(client: MlflowClient, runtime: Runtime, name: str) -> str:
         # A server decides where artifacts go; without one MLflow would take the current folder.
         place = None if is_server(runtime.mlflow_uri) else runtime.mlflow_artifacts.as_uri()
         try:
-            return client.create_experiment(name, artifact_location=place)
+            return client.create_experiment(name, artifact_location=place, tags=EXPERIMENT_TAGS)
         except MlflowException as error:
             found = client.get_experiment_by_name(name)
             if found is None:

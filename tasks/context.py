@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
-from retuner import registry_reads, tracking
+from retuner import held_out, registry_reads, tracking
 from retuner.dataset import Dataset, open_dataset
 from retuner.fingerprint import spell
 from retuner.observe import Observer, Silent
@@ -44,12 +44,22 @@ class RunContext:
     """Where this run is seen elsewhere, e.g. the Prefect flow run."""
     on_mlflow_run: Callable[[str], None] = lambda run_id: None
     """Told the id of the MLflow run when it is opened."""
+    given_sets: held_out.HeldOutSets | None = None
+    """The held-out sets that a replay was given; None: those of the project and the registry, as they are."""
     _mlflow_run: tracking.Run | None = None
     _incumbents: dict[str, registry_reads.Incumbent | None] = field(default_factory=dict)
 
     @cached_property
     def store(self) -> Store:
         return Store(self.runtime.store, self.observer.say, self.runtime.store_remote)
+
+    @cached_property
+    def held_out_sets(self) -> held_out.HeldOutSets:
+        """Asked once, so that the version names what its rows were compared with."""
+        if self.given_sets:
+            return self.given_sets
+        name, prepare = self.params.register_.model_name, self.params.prepare.model_dump(mode="json")
+        return held_out.sets_of(self.runtime, name, prepare, self.observer.say)
 
     @property
     def code_notes(self) -> Path:

@@ -3,7 +3,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from retuner import gate, promotion, registry, registry_reads, run_page, tracking
+from retuner import gate, held_out, promotion, registry, registry_reads, run_page, tracking
 from retuner.artifacts import (
     Adapter,
     Artifact,
@@ -15,6 +15,7 @@ from retuner.artifacts import (
     VersionFacts,
 )
 from retuner.errors import Refused
+from retuner.files import sha256_file
 from retuner.metric_stream import MetricStream
 from retuner.params import RegisterParams
 from tasks.context import RunContext
@@ -33,7 +34,9 @@ def register(
     """Decide by the gate, publish what people look at, register the version, and promote it where that is wanted."""
 
     def build(out: Path, work: Path) -> VersionFacts:
-        decision = gate.decide(report, params.gate)
+        rule = held_out.split_rule(run.params.prepare.model_dump(mode="json"))
+        incumbent = run.incumbent(adapter.facts.sha256)
+        decision = _decision(run, report, splits, incumbent, rule, params)
         mlflow_run = run.mlflow_run(adapter.fingerprint)
         lineage = _lineage(run, (base, splits, chats, adapter, report), decision)
         _write_json(out / "lineage.json", lineage)
@@ -48,10 +51,12 @@ def register(
                 "trainable_parameters": float(adapter.facts.trainable_parameters),
                 "supervised_tokens": float(chats.facts.supervised_tokens),
             },
-            tags={"retuner.gate": "passed" if decision.passed else "said no"},
+            tags={
+                "retuner.gate": "passed" if decision.passed else "said no",
+                "mlflow.source.git.commit": lineage["git_commit"],
+            },
             note=run_page.note(report.facts, decision, _note_lines(run, base, adapter)),
         )
-        incumbent = run.incumbent(adapter.facts.sha256)
         version = registry.register_version(
             mlflow_run,
             params.model_name,
@@ -64,6 +69,8 @@ def register(
                 "data_md5": run.dataset.md5,
                 "report_digest": report.digest,
                 "git_commit": lineage["git_commit"],
+                "split_rule": rule,
+                "held_out_digest": sha256_file(splits.path / "held_out.jsonl"),
                 "stage_fingerprints": json.dumps(
                     {r.stage: r.fingerprint for r in (base, splits, chats, adapter, report)}
                     | {"register": work.name}
@@ -98,6 +105,26 @@ def register(
             run.runtime, made.facts.model_name, made.facts.model_version, made.facts.adapter_sha256
         ),
     )
+
+
+def _decision(
+    run: RunContext,
+    report: Report,
+    splits: Splits,
+    incumbent: registry_reads.Incumbent | None,
+    rule: str,
+    params: RegisterParams,
+) -> Decision:
+    """The gate's, with a note when production may have been trained on what it was scored on."""
+    decision = gate.decide(report, params.gate)
+    if incumbent is None:
+        return decision
+    rows = splits.path / "held_out.jsonl"
+    warning = held_out.seen_by(run.runtime, params.model_name, incumbent.version, rule, rows)
+    if warning is None:
+        return decision
+    run.observer.say(f"register: beware: {warning}")
+    return decision.model_copy(update={"notes": (warning,)})
 
 
 def _send_curves(run: RunContext, mlflow_run: tracking.Run, adapter: Adapter) -> None:
@@ -138,6 +165,7 @@ def _lineage(run: RunContext, results: tuple[Artifact[Any], ...], decision: Deci
             "dvc_file": run.dataset.dvc_file,
             "path": run.dataset.path.name,
         },
+        "held_out": run.held_out_sets.spelled(),
         "git_commit": _git_commit(),
         "stages": stages,
         "gate": decision.model_dump(mode="json"),

@@ -138,7 +138,7 @@ def test_comments_and_code_that_no_stage_reaches_run_nothing(home, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "file", "before", "after"),
     [
-        ("prepare", "naming.py", "< limit", "<= limit"),
+        ("prepare", "naming.py", "< limit_of(", "<= limit_of("),
         ("template", "rendering.py", "class Renderer:", "class Renderer:\n    edited = True\n"),
         ("register", "gate.py", "holds=low >= required", "holds=low > required"),
     ],
@@ -161,7 +161,7 @@ def test_an_edited_helper_runs_the_stage_that_reaches_it(home, tmp_path, stage, 
 
 def test_an_accepted_code_change_serves_the_old_result_and_says_so_in_the_lineage(home, tmp_path):
     code = copy_code(tmp_path / "code")
-    edit(code / "retuner" / "naming.py", "< limit", "<= limit")
+    edit(code / "retuner" / "naming.py", "< limit_of(", "<= limit_of(")
     because = ("--stage", "prepare", "--because", "equality never happens")
     done = retuner(Path.cwd(), home, "accept", "params.yaml", *because, PYTHONPATH=str(code))
     assert done.returncode == 0, done.stderr

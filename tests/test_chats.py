@@ -8,10 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retuner import chats
+from retuner import json_rows
 from retuner.chats import BadRow, Chat, read_chats
 from retuner.dataset import DataFile
 from retuner.errors import Refused, Unavailable
+from retuner.formats import FORMATS
 
 GOOD = b'{"question": "Who?", "answer": "Me."}'
 BOTH = b'{"question": "q", "answer": "a", "prompt": "p", "completion": "c"}'
@@ -215,7 +216,7 @@ def test_brackets_in_a_text_do_not_count_as_nesting(tmp_path):
     assert said(chat)[0] == ("user", text)
 
 
-@pytest.mark.parametrize(("depth", "kind"), [(chats.MAX_DEPTH, Chat), (chats.MAX_DEPTH + 1, BadRow)])
+@pytest.mark.parametrize(("depth", "kind"), [(json_rows.MAX_DEPTH, Chat), (json_rows.MAX_DEPTH + 1, BadRow)])
 def test_unknown_keys_may_hold_anything_but_not_too_deep(tmp_path, depth, kind):
     deep = b"[" * (depth - 1) + b"]" * (depth - 1)
     (row,) = read(tmp_path, "x.jsonl", GOOD[:-1] + b', "n": ' + b"9" * 5000 + b', "meta": ' + deep + b"}")
@@ -256,7 +257,7 @@ def test_places_in_an_array_are_those_of_the_file(tmp_path):
 )
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 7, 2**18])
 def test_a_broken_array_hides_no_row_before_the_break(tmp_path, monkeypatch, content, causes, chunk_bytes):
-    monkeypatch.setattr(chats, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk_bytes)
     rows = read(tmp_path, "x.json", content)
     assert [getattr(row, "cause", "good") for row in rows] == causes
 
@@ -276,7 +277,7 @@ def test_an_array_reads_the_same_however_it_is_laid_out(tmp_path, pairs, indent,
     rows = [{"question": question, "answer": answer} for question, answer in pairs]
     content = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chats, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(json_rows, "CHUNK_BYTES", chunk_bytes)
         chats_read = read(tmp_path, "x.json", content)
     assert [said(chat) for chat in chats_read] == [[("user", q), ("assistant", a)] for q, a in pairs]
     lines = json.dumps(rows, indent=1).split("\n")
@@ -299,14 +300,14 @@ def test_a_row_above_the_cap_is_set_aside_without_being_held_in_memory(tmp_path,
     tracemalloc.stop()
     assert (bad.cause, bad.line) == ("too_long", 1) and len(bad.start) <= 200
     assert isinstance(good, Chat) and good.line == 2
-    assert peak_bytes < 5 * chats.MAX_ROW_BYTES < path.stat().st_size
+    assert peak_bytes < 5 * json_rows.MAX_ROW_BYTES < path.stat().st_size
 
 
 @pytest.mark.parametrize(("extra_bytes", "kind"), [(0, Chat), (1, BadRow)])
 @pytest.mark.parametrize(("opening", "closing"), [("", ""), ("", "\n"), ("[", "]")])
 def test_the_cap_counts_the_bytes_of_the_row_alone(tmp_path, opening, closing, extra_bytes, kind):
     row = json.dumps({"question": "q", "answer": ""})
-    filler = "a" * (chats.MAX_ROW_BYTES - len(row) + extra_bytes)
+    filler = "a" * (json_rows.MAX_ROW_BYTES - len(row) + extra_bytes)
     row = json.dumps({"question": "q", "answer": filler})
     (read_row,) = read(tmp_path, "x.json" if opening else "x.jsonl", f"{opening}{row}{closing}".encode())
     assert type(read_row) is kind
@@ -339,7 +340,7 @@ OTHER_KINDS = {
     "lines named json": ("x.json", GOOD + b"\n" + GOOD, "'{' .jsonl"),
     "rows below a key": ("x.json", b'{"data": [' + GOOD + b"]}", "array below key"),
     "an empty json file": ("x.json", b" \n", "empty"),
-    "a table": ("x.csv", b"question,answer\n", "x.csv convert"),
+    "a document": ("x.txt", b"Who? Me.", "x.txt convert"),
 }
 
 
@@ -369,7 +370,7 @@ def test_a_file_that_has_gone_is_unavailable(tmp_path):
 
 
 turn_keys = ["role", "content", "from", "value", "system", "input", "tools", "type", "text"]
-known_keys = st.sampled_from(turn_keys + [key for _, keys in chats.FORMATS for key in keys])
+known_keys = st.sampled_from(turn_keys + [key for known in FORMATS for key in known.keys])
 json_like = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(known_keys, inner, max_size=4),
@@ -387,7 +388,7 @@ any_bytes = (
 @given(content=any_bytes, is_array=st.booleans(), chunk_bytes=st.sampled_from([1, 3, 2**18]))
 def test_whatever_the_bytes_a_row_is_read_set_aside_or_refused(tmp_path, content, is_array, chunk_bytes):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chats, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(json_rows, "CHUNK_BYTES", chunk_bytes)
         try:
             rows = read(tmp_path, *(("x.json", b"[" + content) if is_array else ("x.jsonl", content)))
         except Refused as refusal:

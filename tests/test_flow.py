@@ -83,6 +83,9 @@ def test_the_mlflow_run_shows_params_curves_data_answers_and_the_gate(finished):
     )
     assert run.inputs.dataset_inputs[0].dataset.digest == digest
     assert "Gate" in run.data.tags["mlflow.note.content"]
+    assert run.data.tags["mlflow.user"] and run.data.tags["mlflow.source.name"] == "retuner run"
+    kind = client.get_experiment(summary["experiment_id"]).tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"
     artifacts = {Path(home, "mlflow", "artifacts", summary["run_id"], "artifacts", name) for name in (
         "answers.json", "data/report.html", "data/report.json", "evaluation/report.json", "lineage.json"
     )}  # fmt: skip

@@ -1,13 +1,11 @@
 """Held-out sets frozen by name, and those of versions that were split by another rule."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from versions import (
     MODEL,
-    MlflowServer,
     a_decision,
     empty_database,
     quickstart,
@@ -17,12 +15,11 @@ from versions import (
     some_run,
 )
 
-from retuner import held_out, registry, registry_reads, tracking
+from retuner import held_out, registry, tracking
 from retuner.artifacts import Facts
 from retuner.errors import Refused
-from retuner.fingerprint import fingerprint
+from retuner.files import sha256_file
 from retuner.held_out import EarlierSet, earlier, freeze, frozen, groups_in, parse_frozen, split_rule
-from retuner.registry_reads import HeldOut
 from retuner.runtime import Runtime
 from retuner.store import Store
 
@@ -123,19 +120,22 @@ def test_the_rule_of_a_split_is_what_picks_the_held_out_side():
 # --- earlier versions'
 
 
-def some_splits(runtime: Runtime, salt: str, rows: int) -> tuple[str, str]:
-    """A stored `prepare` result with `rows` held-out rows; its fingerprint, and the digest of that side."""
-    line = '{{"group": "{0:032x}", "id": "{0:032x}", "messages": []}}\n'
+LINE = '{{"group": "{0:032x}", "id": "{0:032x}", "messages": []}}\n'
+
+
+def some_splits(runtime: Runtime, salt: str, rows: int, train: int = 0) -> tuple[str, str]:
+    """A stored `prepare` result with `rows` held-out rows and `train` after them; its fingerprint, and the digest
+    of the held-out side."""
 
     def build(out: Path, work: Path) -> Facts:
-        (out / "train.jsonl").write_text("")
-        (out / "held_out.jsonl").write_text("".join(line.format(row) for row in range(rows)))
+        (out / "train.jsonl").write_text("".join(LINE.format(rows + row) for row in range(train)))
+        (out / "held_out.jsonl").write_text("".join(LINE.format(row) for row in range(rows)))
         return Facts()
 
     identity = {"stage": "prepare", "params": {"split_salt": salt}, "inputs": {"rows": rows}}
     store = Store(runtime.store)
     made = store.make("prepare", identity, Facts, build)
-    return made.fingerprint, held_out.held_out_digest(store.manifest(fingerprint(identity)))
+    return made.fingerprint, sha256_file(made.path / "held_out.jsonl")
 
 
 def register(runtime: Runtime, folder: Path, value: float, **tags: str) -> int:
@@ -235,46 +235,21 @@ def test_a_result_does_not_stand_when_its_frozen_set_changed(on_file):
         held_out.still_same(on_file, MODEL, identity)
 
 
-def test_a_version_of_another_rule_is_noticed_and_one_that_tells_none_is_not(on_file, tmp_path):
-    told = register(on_file, tmp_path, 1.0, split_rule="1 0.05 ", held_out_digest="d")
-    untold = register(on_file, tmp_path, 2.0)
-    assert held_out.other_rule(on_file, MODEL, told, "2 0.05 ") == "1 0.05 "
-    assert held_out.other_rule(on_file, MODEL, told, "1 0.05 ") is None
-    assert held_out.other_rule(on_file, MODEL, untold, "2 0.05 ") is None
+def test_a_version_is_suspected_only_when_it_may_have_seen_what_is_held_out_now(on_file, tmp_path):
+    """Rows 0 to 2 are held out, 3 to 5 trained on by version 1; version 2's result is gone, 3 tells nothing."""
+    gone = ("0" * 64, "0" * 64)
+    register_split(on_file, tmp_path, 1.0, "1 0.05 ", some_splits(on_file, "1", 3, train=3))
+    register_split(on_file, tmp_path, 2.0, "1 0.05 ", gone)
+    register(on_file, tmp_path, 3.0)
+    now = tmp_path / "now.jsonl"
+    now.write_text("".join(LINE.format(row) for row in (0, 4, 5, 9)))
 
+    def told(version: int, rule: str = "2 0.05 ") -> str | None:
+        return held_out.seen_by(on_file, MODEL, version, rule, now)
 
-# --- the registry's answers, from a file, a server and mlflow itself
-
-
-def test_a_file_a_server_and_mlflow_tell_the_same_of_every_version(tmp_path, database, monkeypatch):
-    server = MlflowServer(tmp_path / "server", database)
-    server.start()
-    try:
-        remote = Runtime(home=tmp_path / "home", tracking_uri=server.uri)
-        for value in (1.0, 2.0, 3.0):
-            splits = (f"print {value}", f"digest {value}")
-            register_split(remote, tmp_path, value, f"{value} 0.05 ", splits)
-        register(remote, tmp_path, 4.0)
-        tracking.mlflow_client(remote).delete_model_version(MODEL, "2")
-        expected = [
-            HeldOut(version, f"digest {value}", f"{value} 0.05 ", f"print {value}")
-            for version, value in ((1, 1.0), (3, 3.0))
-        ]
-        assert registry_reads.held_out_sets(remote, MODEL) == expected
-        monkeypatch.setattr(registry_reads, "PAGE", 1)
-        assert registry_reads.held_out_sets(remote, MODEL) == expected, "page by page"
-        on_file = replace(remote, tracking_uri=server.database_uri)
-        assert registry_reads.held_out_sets(on_file, MODEL) == expected
-        through_mlflow = registry.all_tags(on_file, MODEL)
-        assert {v: tags.get("split_rule") for v, tags in through_mlflow.items()} == {
-            1: "1.0 0.05 ",
-            3: "3.0 0.05 ",
-            4: None,
-        }
-        assert registry_reads.held_out_sets(remote, "nobody") == []
-        assert (
-            registry_reads.held_out_sets(replace(remote, tracking_uri=f"sqlite:///{tmp_path}/no.db"), MODEL)
-            == []
-        )
-    finally:
-        server.stop()
+    assert "version 1 was split by another rule (1 0.05, now 2 0.05)" in told(1)
+    assert "trained on 2 of the 4 prompts held out now" in told(1)
+    assert "it may have been trained on what is held out now" in told(2)
+    assert told(1, "1 0.05 ") is told(2, "1 0.05 ") is told(3) is None
+    now.write_text(LINE.format(0))
+    assert told(1) is None, "it saw none of it"

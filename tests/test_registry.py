@@ -27,7 +27,7 @@ from retuner import bundle, metric_stream, registry, registry_reads, run_page, t
 from retuner.artifacts import ReportFacts
 from retuner.errors import Refused, Unavailable
 from retuner.metric_stream import MetricStream, deliver_unsent, unsent_folder
-from retuner.registry_reads import Incumbent
+from retuner.registry_reads import HeldOut, Incumbent
 from retuner.runtime import Runtime
 
 
@@ -435,11 +435,36 @@ def test_reads_are_what_mlflow_says(runtime, tmp_path):
     assert registry_reads.find_version(runtime, MODEL, shas[1]) is None
 
 
+def test_what_versions_were_scored_on_is_read_as_mlflow_tells_it(runtime, monkeypatch):
+    model = f"scored-{'server' if runtime.tracking_uri else 'file'}"
+    client = tracking.mlflow_client(runtime)
+    client.create_registered_model(model)
+    for number in ("1", "2", "3", "4"):
+        told = {"held_out_digest": f"digest {number}", "split_rule": f"{number} 0.05 "}
+        prints = {"stage_fingerprints": json.dumps({"prepare": f"print {number}", "train": "f"})}
+        tags = (
+            {"adapter_sha256": number} | ({} if number == "4" else told) | ({} if number == "3" else prints)
+        )
+        client.create_model_version(model, "s3://bucket/nowhere", tags=tags)
+    client.delete_model_version(model, "2")
+    expected = [
+        HeldOut(1, "digest 1", "1 0.05 ", "print 1"),
+        HeldOut(3, "digest 3", "3 0.05 ", ""),
+    ]
+    assert registry_reads.held_out_sets(runtime, model) == expected
+    monkeypatch.setattr(registry_reads, "PAGE", 1)
+    assert registry_reads.held_out_sets(runtime, model) == expected, "page by page"
+    rules = {version: tags.get("split_rule") for version, tags in registry.all_tags(runtime, model).items()}
+    assert rules == {1: "1 0.05 ", 3: "3 0.05 ", 4: None}
+    assert registry_reads.held_out_sets(runtime, "nobody") == []
+
+
 def test_reading_a_registry_that_is_not_there_makes_none(tmp_path):
     runtime = Runtime(home=tmp_path / "none")
     assert registry_reads.read_alias(runtime, MODEL, "production") is None
     assert registry_reads.read_version(runtime, MODEL, 1) is None
     assert registry_reads.incumbent(runtime, MODEL, "0" * 64) is None
+    assert registry_reads.held_out_sets(runtime, MODEL) == []
     assert not (tmp_path / "none").exists()
 
 

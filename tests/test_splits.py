@@ -87,6 +87,12 @@ def test_the_held_out_share_is_about_the_fraction_and_grows_without_giving_rows_
         held_out = now
 
 
+def test_the_side_is_that_of_the_group_alone(stage):
+    stage({"x.jsonl": some_rows(300)})
+    for side in ("train", "held_out"):
+        assert all(is_held_out(row["group"], "salt", 0.2) is (side == "held_out") for row in stage.rows(side))
+
+
 def test_another_salt_is_another_split(stage):
     rows = some_rows(100)
     stage({"x.jsonl": rows})
@@ -139,7 +145,7 @@ def test_more_bad_rows_than_allowed_are_refused_with_the_first_places_and_all_ca
     with pytest.raises(Refused) as refusal:
         stage({"a.jsonl": some_rows(30), "b.jsonl": b'{"prompt": NaN}\n' * 4 + b"oops\n" * 4}, max_bad_rows=7)
     message = str(refusal.value)
-    assert "8 of 38 rows" in message and "b.jsonl:1 not_a_number" in message and "and 3 more" in message
+    assert "8 of 38 rows" in message and "b.jsonl:1:12 not_a_number" in message and "and 3 more" in message
     assert "bad_json 4" in message and "not_a_number 4" in message
     assert "at most 7" in refusal.value.expected and "max_bad_rows to 8" in refusal.value.do
 

@@ -1,0 +1,255 @@
+"""The formats in which people keep chats: what a row is known by, and the conversation that it means."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from retuner.errors import Refused
+from retuner.json_rows import Problem, kind_of
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """By `keys` a row is known to be of it; it may have `more`; the objects of a list of turns have `turn_keys`."""
+
+    name: str
+    keys: tuple[str, ...]
+    more: tuple[str, ...] = ("system",)
+    turn_keys: tuple[str, ...] = ()
+
+
+FORMATS = (
+    Format("messages", ("messages",), (), ("role", "content")),
+    Format("sharegpt", ("conversations",), turn_keys=("from", "value")),
+    Format("alpaca", ("instruction", "output"), ("input", "system")),
+    Format("instruction_response", ("instruction", "response"), ("context", "system")),
+    Format("prompt_completion", ("prompt", "completion")),
+    Format("prompt_completion", ("prompt", "response")),
+    Format("question_answer", ("question", "answer")),
+)
+OTHER_KEYS = ("chosen", "rejected", "label", "kto_tag", "text", "tools", "history")
+"""By which a row of another kind is known."""
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = ROLES | {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")
+# https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md and OpenAI's chat API.
+TOOL_ROLES = {"function_call", "observation", "tool", "function", "function_response", "tool_call", "ipython"}
+
+Turn = tuple[str, Any, str]  # role, content as found, what to call its place
+Messages = tuple[dict[str, str], ...]
+
+
+class Wanted:
+    """The formats that may be read: one, or `auto` for all, with the data's own names for some of their keys."""
+
+    def __init__(self, format: str, columns: Mapping[str, str] | None = None):
+        """Errors: Refused for a mapping that fits no format."""
+        self.format = format
+        self._own = dict(columns or {})
+        asked = [known for known in FORMATS if format in ("auto", known.name)]
+        may_be = [known for known in asked if self._own.keys() <= set(_all_keys(known))]
+        if not may_be:
+            raise _no_such_mapping(format, asked, self._own)
+        if len(set(self._own.values())) < len(self._own):
+            raise Refused(
+                f"prepare.columns gives one column to several keys: {_pairs(self._own)}",
+                "another column for each key",
+                "correct prepare.columns",
+            )
+        self._keys = [(known, frozenset(map(self.own, known.keys))) for known in FORMATS]
+        self._may_be = {id(known) for known in may_be}
+        turn_keys = {key for known in FORMATS for key in known.turn_keys}
+        self._must_have = {key: own for key, own in self._own.items() if key not in turn_keys}
+
+    def own(self, key: str) -> str:
+        """What the data calls `key`."""
+        return self._own.get(key, key)
+
+    def columns(self) -> set[str]:
+        """The names that decide anything about a row; others need not be read."""
+        keys = {key for known in FORMATS for key in (*known.keys, *known.more)}
+        return {self.own(key) for key in keys} | set(OTHER_KEYS) | keys
+
+    def recognise(self, row: Mapping[str, Any], found: str | None) -> Format:
+        """The format of a row, whose file's is `found` where that is known. Errors: Problem, Refused."""
+        self._refuse_other_kinds(row)
+        for key, own in self._must_have.items():
+            if own not in row:
+                message = (
+                    f"there is no {own!r}, which prepare.columns names for {key}; the keys are {shown(row)}"
+                )
+                raise Problem("missing_column", message)
+        fits = [known for known, keys in self._keys if keys <= row.keys()]
+        if not fits and isinstance(row.get("text"), str):
+            raise Refused(
+                "has text and nothing that answers it: this is plain text",
+                "chats, where it is known which words are the assistant's",
+                "leave the file out of prepare.files, or write each text as a prompt and its completion",
+            )
+        candidates = [known for known in fits if id(known) in self._may_be]
+        if len(candidates) == 1 and found in (None, candidates[0].name):
+            return candidates[0]
+        names, keys = " and ".join(known.name for known in candidates or fits), shown(row)
+        if len(candidates) > 1:
+            raise Problem("ambiguous_format", f"the keys {keys} fit {names}: set prepare.format or drop keys")
+        if fits:
+            expected = found or (self.format if self.format != "auto" else "what prepare.columns says")
+            raise Problem("mixed_format", f"the row is {names}, but its file is read as {expected}")
+        known = "; ".join(
+            f"{one.name}: {'/'.join(map(self.own, one.keys))}" for one in FORMATS if id(one) in self._may_be
+        )
+        cause = "unknown_format" if self.format == "auto" else "missing_key"
+        raise Problem(cause, f"the keys {keys} are not those of {known}")
+
+    def check_header(self, names: Iterable[str]) -> Format:
+        """The format of a table with these columns. Errors: Refused where its rows could be of none."""
+        try:
+            return self.recognise(dict.fromkeys(names, ""), None)
+        except Problem as problem:
+            raise Refused(
+                f"cannot be read by its columns: {problem.message}",
+                "columns named as the keys of one format",
+                "name them so, or give them in prepare.columns, e.g. {prompt: question_text, completion: reply}",
+            ) from None
+
+    def conversation(self, row: Mapping[str, Any], format: Format) -> Messages:
+        """(system) user assistant user assistant ... assistant, texts unchanged. Errors: Problem, Refused."""
+        return _conversation(self._turns(row, format))
+
+    def _refuse_other_kinds(self, row: Mapping[str, Any]) -> None:
+        # TRL's and LLaMA-Factory's marks of good and bad answers: training would teach the bad ones too.
+        marked = isinstance(row.get("label", row.get("kto_tag")), bool)
+        pairs = "chosen" in row and "rejected" in row and not {"chosen", "rejected"} & set(self._own.values())
+        if marked or pairs:
+            found = "grades its answer" if marked else "has chosen and rejected"
+            raise Refused(
+                f"{found}: this is preference data",
+                "chats with one good answer each, for supervised training (preferences are for DPO and KTO)",
+                "leave the file out of prepare.files, or write rows with the good answers alone"
+                + (
+                    ""
+                    if marked
+                    else "; where chosen is text, prepare.columns: {completion: chosen} reads them"
+                ),
+            )
+
+    def _turns(self, row: Mapping[str, Any], format: Format) -> list[Turn]:
+        """The turns of a row, their contents not yet looked at. Errors: Problem, Refused."""
+        if format.name == "messages":
+            return self._listed(row, format, ROLES)
+        system_key = self.own("system")
+        system = [] if _blank(row.get(system_key)) else [("system", row[system_key], system_key)]
+        if format.name == "sharegpt":
+            return system + self._listed(row, format, SHAREGPT_ROLES)
+        asks, answers = map(self.own, format.keys)
+        question = row[asks]
+        more = self.own(format.more[0])
+        if format.name in ("alpaca", "instruction_response") and not _blank(row.get(more)):
+            question = _text(question, asks) + "\n\n" + _text(row[more], more)
+        if format.name == "alpaca" and row.get("history"):
+            raise Problem("history", "earlier turns under history are not read: use the messages format")
+        return [*system, ("user", question, asks), ("assistant", row[answers], answers)]
+
+    def _listed(self, row: Mapping[str, Any], format: Format, roles: Mapping[str, str]) -> list[Turn]:
+        key = self.own(format.keys[0])
+        role_key, text_key = map(self.own, format.turn_keys)
+        if row.get("tools") not in (None, "", "[]", []):
+            raise _tool_transcript("offers tools")
+        if not isinstance(row[key], list):
+            raise Problem("not_a_list", f"{key} is {kind_of(row[key])}, not a list of turns")
+        turns = []
+        for number, turn in enumerate(row[key], 1):
+            if not isinstance(turn, dict):
+                raise Problem("not_an_object", f"turn {number} is {kind_of(turn)}, not an object")
+            role = turn.get(role_key)
+            if isinstance(role, str) and role in TOOL_ROLES:
+                raise _tool_transcript(f"has the role {role} in turn {number}")
+            if turn.get("tool_calls") or turn.get("function_call"):
+                raise _tool_transcript(f"calls a tool in turn {number}")
+            if role_key not in turn or text_key not in turn:
+                needs = f"turn {number} needs {role_key} and {text_key}, has {shown(turn)}"
+                raise Problem("missing_key", needs)
+            if not isinstance(role, str) or role not in roles:
+                raise Problem("wrong_role", f"turn {number} is {ascii(role)[:40]}, not {' or '.join(roles)}")
+            turns.append((roles[role], turn[text_key], f"turn {number}"))
+        return turns
+
+
+def _all_keys(known: Format) -> tuple[str, ...]:
+    return (*known.keys, *known.more, *known.turn_keys)
+
+
+def _no_such_mapping(format: str, asked: list[Format], own: dict[str, str]) -> Refused:
+    keys = sorted({key for known in asked for key in _all_keys(known)})
+    strangers = [key for key in own if key not in keys]
+    of_what = "any format" if format == "auto" else f"the format {format}"
+    found = f"prepare.columns maps {', '.join(own)}, which are not keys of one format"
+    if strangers:
+        close = difflib.get_close_matches(strangers[0], keys, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        found = f"prepare.columns maps {strangers[0]!r}, which is no key of {of_what}{hint}"
+    known = "; ".join(f"{one.name}: {', '.join(_all_keys(one))}" for one in asked)
+    return Refused(
+        found, f"the format's key first, then the data's own name for it ({known})", "correct prepare.columns"
+    )
+
+
+def _pairs(own: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}: {name}" for key, name in own.items())
+
+
+def _tool_transcript(found: str) -> Refused:
+    return Refused(
+        f"{found}: this is a tool transcript",
+        "system, user and assistant turns; the chat template would drop tool turns without a word",
+        "leave the file out of prepare.files, or write calls and results as text in assistant and user turns",
+    )
+
+
+def _conversation(turns: list[Turn]) -> Messages:
+    messages: list[dict[str, str]] = []
+    expected = "user"
+    for role, said, place in turns:
+        if role != expected and (role != "system" or messages):
+            raise Problem("wrong_order", f"{place} is {role}, where {expected} should speak")
+        messages.append({"role": role, "content": _text(said, place)})
+        if role == "assistant" and messages[-2:] == messages[-4:-2]:
+            raise Problem(
+                "duplicate_turn", f"{place} and the question before it repeat the two turns before them"
+            )
+        expected = "assistant" if role == "user" else "user"
+    if expected == "assistant":
+        raise Problem("wrong_order", "the last turn is user: there is no answer to learn")
+    if not messages or messages[-1]["role"] == "system":
+        raise Problem("no_turns", "the conversation has no turns")
+    return tuple(messages)
+
+
+def _text(value: Any, place: str) -> str:
+    """`value` unchanged, or its text parts joined. Errors: Problem."""
+    if isinstance(value, list):
+        parts = [part for part in value if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        if len(texts) != len(value):
+            raise Problem("not_text", f"{place} has a part that is not text")
+        value = "".join(texts)
+    if not isinstance(value, str):
+        raise Problem("not_text", f"{place} is {kind_of(value)}, not text")
+    if _blank(value):
+        raise Problem("empty_turn", f"{place} is empty")
+    if "\0" in value:
+        raise Problem("nul", f"{place} has a NUL character")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise Problem("lone_surrogate", f"{place} has {half}, half of a character") from None
+    return value
+
+
+def _blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def shown(row: Mapping[str, Any]) -> str:
+    return ", ".join(ascii(key)[:40] for key in sorted(row)[:8]) or "none"

@@ -1,0 +1,222 @@
+"""Rows out of tables: Parquet by batches, CSV record by record. A row is an object whose keys are the columns."""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from retuner.errors import Refused
+from retuner.formats import Wanted
+from retuner.json_rows import (
+    CHUNK_BYTES,
+    MAX_DEPTH,
+    MAX_ROW_BYTES,
+    SHOWN_BYTES,
+    TOO_LONG,
+    WHITE,
+    Problem,
+    RawRow,
+    strict_text,
+)
+
+BATCH_ROWS = 64
+BOOLEANS = {"true": True, "false": False}
+QUOTING = "quotes doubled inside fields, and fields with quotes, commas or line breaks in quotes (RFC 4180)"
+
+# --- CSV
+
+
+def csv_rows(relpath: str, stream: BinaryIO, wanted: Wanted) -> Iterator[RawRow]:
+    """The records behind a header; `line` is where one begins. Blank lines are passed over.
+
+    Errors: Refused for a header without the columns of a format, and where a quote makes it unknown in which line
+    the next record begins.
+    """
+    # A setting of the whole process; it is only ever raised, and a record is held to the same limit before.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
+    header: list[str] | None = None
+    for line, raw, too_long in _records(relpath, stream):
+        problem = Problem(*TOO_LONG) if too_long else None
+        fields: list[str] = []
+        if not problem:
+            try:
+                fields = _fields(f"{relpath}:{line}", strict_text(raw))
+            except Problem as found:
+                problem = found
+        if header is None:
+            if problem:
+                raise Refused(
+                    f"{relpath}:{line} the header cannot be read: {problem.message}",
+                    "the names of the columns in the first line, in UTF-8",
+                    "write the header anew",
+                )
+            header = _header(relpath, line, fields, wanted)
+            continue
+        if not problem and len(fields) != len(header):
+            message = f"the row has {len(fields)} fields where the header has {len(header)}"
+            problem = Problem("ragged_row", message)
+        yield RawRow(
+            line, 1, raw, problem, None if problem else _typed(dict(zip(header, fields, strict=True)))
+        )
+    if header is None:
+        raise Refused(
+            f"{relpath} has no header",
+            "the names of the columns in the first line",
+            "write one, such as: prompt,completion",
+        )
+
+
+def _records(relpath: str, stream: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:
+    """First line, bytes (of a record above the limit only the first) and whether it is above the limit.
+
+    A line break ends a record when the quotes before it are even in number, which in RFC 4180 is always so.
+    """
+    line, first, record, quotes, size = 0, 1, bytearray(), 0, 0
+    while piece := stream.readline(CHUNK_BYTES):
+        record += piece[: MAX_ROW_BYTES + 1 - len(record)]
+        quotes, size = quotes + piece.count(b'"'), size + len(piece)
+        if not piece.endswith(b"\n"):
+            continue
+        line += 1
+        if quotes % 2 == 0:
+            if size > MAX_ROW_BYTES or record.strip(WHITE):
+                yield first, bytes(record), size > MAX_ROW_BYTES
+            first, quotes, size = line + 1, 0, 0
+            record.clear()
+    if quotes % 2:
+        raise Refused(
+            f"{relpath}:{first} a quote is opened in the row that begins here, and never closed",
+            QUOTING,
+            "close it, or write the file anew with a CSV library",
+        )
+    if size > MAX_ROW_BYTES or record.strip(WHITE):
+        yield first, bytes(record), size > MAX_ROW_BYTES
+
+
+def _fields(where: str, text: str) -> list[str]:
+    """The fields of one record. Errors: Refused when it is none, or more than one."""
+    why = "a quote stands where none may"
+    try:
+        records = list(csv.reader([text], strict=True))
+        if len(records) == 1:
+            return records[0]
+    except csv.Error as error:
+        why = str(error)
+    raise Refused(f"{where} the row is not CSV: {why}", QUOTING, "write the file anew with a CSV library")
+
+
+def _header(relpath: str, line: int, names: list[str], wanted: Wanted) -> list[str]:
+    where = f"{relpath}:{line}"
+    if len(names) == 1 and (marks := [mark for mark in ";\t|" if mark in names[0]]):
+        raise Refused(
+            f"{where} the header is one column that holds {marks[0]!r}",
+            "columns separated by commas",
+            "write the file anew with commas",
+        )
+    if "" in names:
+        raise Refused(
+            f"{where} column {names.index('') + 1} has no name",
+            "a name for each column",
+            "name it, or drop it",
+        )
+    _check_columns(where, names, wanted)
+    lists = [wanted.own(key) for key in ("messages", "conversations")]
+    if found := [name for name in lists if name in names]:
+        raise Refused(
+            f"{where} has the column {found[0]}, whose turns a CSV field cannot hold",
+            "one prompt and one answer a row, in columns of text",
+            "write chats of several turns as .jsonl or .parquet",
+        )
+    return names
+
+
+def _typed(row: dict[str, str]) -> dict[str, Any]:
+    """The row with marks of good and bad answers as what they are, so that they are known again."""
+    return {
+        key: BOOLEANS.get(text.lower(), text) if key in ("label", "kto_tag") else text
+        for key, text in row.items()
+    }
+
+
+# --- Parquet
+
+
+def parquet_rows(relpath: str, path: Path, wanted: Wanted) -> Iterator[RawRow]:
+    """The rows of a Parquet file; `line` is a row's number. Errors: Refused for damage and unfit columns, OSError."""
+    import pyarrow
+
+    number = 0
+    try:
+        for batch in _batches(relpath, path, wanted):
+            names = batch.schema.names
+            for index in range(batch.num_rows):
+                number += 1
+                yield _parquet_row(number, {name: batch.column(name)[index] for name in names})
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the disk, and not what is on it
+            raise
+        behind = f", behind row {number}" if number else ""
+        raise Refused(
+            f"{relpath} cannot be read as Parquet{behind}: {' '.join(str(error).split())[:200]}",
+            "a whole Parquet file",
+            "write or copy it anew",
+        ) from None
+
+
+def _batches(relpath: str, path: Path, wanted: Wanted) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        names, leaves = file.schema_arrow.names, [file.schema.column(at) for at in range(len(file.schema))]
+    if max((leaf.path.count(".") for leaf in leaves), default=0) > MAX_DEPTH:
+        raise Refused(
+            f"{relpath} has a column nested more than {MAX_DEPTH} deep",
+            "columns of texts, or of lists of turns",
+            "flatten it, or drop the column",
+        )
+    _check_columns(relpath, names, wanted)
+    # As dictionaries, so that a long text which a few bytes repeat is in memory once, not once a row of the batch.
+    texts = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING"]
+    columns = [name for name in names if name in wanted.columns()]
+    with parquet.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as file:
+        yield from file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
+
+
+def _parquet_row(number: int, scalars: dict[str, Any]) -> RawRow:
+    try:
+        row = {name: scalar.as_py() for name, scalar in scalars.items()}
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        return RawRow(
+            number, 1, b"", Problem("bad_utf8", f"a text holds the byte 0x{byte:02x}, which is not UTF-8")
+        )
+    except ValueError as error:
+        return RawRow(number, 1, b"", Problem("bad_value", " ".join(str(error).split())))
+    if _text_bytes(row) > MAX_ROW_BYTES:
+        return RawRow(number, 1, b"", Problem(*TOO_LONG))
+    return RawRow(
+        number, 1, json.dumps(row, ensure_ascii=False, default=str)[:SHOWN_BYTES].encode(), None, row
+    )
+
+
+def _text_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "surrogatepass"))
+    inner: Iterable[Any] = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    )
+    return sum(map(_text_bytes, inner))
+
+
+def _check_columns(where: str, names: list[str], wanted: Wanted) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise Refused(
+            f"{where} has the column {twice[0]!r} twice", "another name for each column", "rename or drop one"
+        )
+    try:
+        wanted.check_header(names)
+    except Refused as unfit:
+        raise Refused(f"{where} {unfit.found}", unfit.expected, unfit.do) from None

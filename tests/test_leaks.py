@@ -1,0 +1,206 @@
+"""What train shares with held-out rows: found by kind, and dealt with as params say."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+from prepare_stage import REAL_DATA, Stage, real_data, some_rows
+
+from retuner.errors import Refused, Unavailable
+from retuner.files import sha256_file
+from retuner.held_out import EarlierSet, FrozenSet
+from retuner.naming import group_of
+
+REPORT = dict.fromkeys(("exact", "same_prompt", "near", "ngram_13", "ngram_8"), "report")
+REMOVE = dict.fromkeys(REPORT, "remove")
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return Stage(tmp_path)
+
+
+def chat(prompt: str, answer: str, system: str | None = None) -> dict:
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return {"messages": [{"role": "system", "content": system}] * (system is not None) + turns}
+
+
+def frozen(*rows: dict) -> FrozenSet:
+    return FrozenSet("fixed", frozenset(group_of(row["messages"]) for row in rows), "")
+
+
+def earlier_set(name: str, stage: Stage) -> EarlierSet:
+    path = stage.out / "held_out.jsonl"
+    return EarlierSet(name, sha256_file(path), path)
+
+
+def words(count: int, seed: int) -> str:
+    numbers = random.Random(seed)
+    return " ".join(f"w{numbers.randrange(10**6)}" for _ in range(count))
+
+
+def real_chats(name: str = "gsm8k", count: int = 2000) -> list[dict]:
+    lines = (REAL_DATA / name / "train.jsonl").read_text("utf-8").split("\n")[:count]
+    return [chat(*list(json.loads(line).values())[:2]) for line in lines]
+
+
+@real_data
+def test_every_planted_exact_and_same_prompt_leak_in_real_data_is_found_and_removed(stage):
+    rows = real_chats()
+    tested = rows[:150]
+    held = frozen(*tested)
+    # Under another system prompt, in capitals: another group, so the split alone does not keep them apart.
+    exact = [
+        chat(*(turn["content"].upper() for turn in row["messages"]), system="Be brief.") for row in tested
+    ]
+    prompts = [
+        chat(row["messages"][0]["content"] + " \n", f"no idea {n}", "Guess.") for n, row in enumerate(tested)
+    ]
+    facts = stage({"x.jsonl": rows + exact + prompts}, leaks=REPORT, frozen=held)
+    assert facts.held_out_rows == 150 and facts.train_rows == 2150
+    assert facts.leaks["exact"] == 150 and facts.leaks["same_prompt"] == 300
+    told = stage.report["leaks"]["exact"]
+    assert told["rows"] == 150 and told["removed"] == 0 and len(told["examples"]) == 5
+    ids = {side: {row["id"] for row in stage.rows(side)} for side in ("train", "held_out")}
+    for example in told["examples"]:
+        assert example["train"] in ids["train"] and example["held_out"] in ids["held_out"]
+        assert example["against"] == "held-out" and example["start"].isupper()
+        assert example["held_out_start"].casefold() == example["start"].casefold()
+    facts = stage({"x.jsonl": rows + exact + prompts}, leaks=REPORT | {"exact": "remove"}, frozen=held)
+    assert facts.train_rows == 2000 and facts.removed["exact"] == 150 and facts.leaks["same_prompt"] == 150
+    facts = stage({"x.jsonl": rows + exact + prompts}, leaks=REMOVE | {"ngram_8": "report"}, frozen=held)
+    assert {row["messages"][0]["role"] for row in stage.rows("train")} == {"user"}
+    assert facts.held_out_rows == 150 and facts.held_out_groups == 150
+
+
+def test_a_prompt_under_more_than_ten_system_prompts_is_no_leak(stage):
+    rows = [chat("Go.", f"answer {n}", f"Task number {n}") for n in range(40)]
+    facts = stage({"x.jsonl": rows + [chat(words(9, n), "x") for n in range(40)]})
+    assert facts.leaks["same_prompt"] == 0 and facts.train_rows > 40
+    facts = stage(
+        {"x.jsonl": rows[:8] + [chat(words(9, n), "x") for n in range(40)]}, frozen=frozen(*rows[:2])
+    )
+    assert facts.leaks["same_prompt"] == facts.removed["same_prompt"] == 6
+
+
+@pytest.mark.parametrize(("size", "kind"), [(13, "ngram_13"), (8, "ngram_8")])
+def test_a_run_of_words_is_found_at_its_length_and_not_one_word_shorter(stage, size, kind):
+    tested = [chat(words(40, n), words(20, 1000 + n)) for n in range(30)]
+    rows = [chat(words(40, 2000 + n), words(20, 3000 + n)) for n in range(60)]
+
+    def shares(count: int) -> list[dict]:
+        # Punctuation and case do not hide a run, and it may lie anywhere.
+        pieces = [" ".join(row["messages"][0]["content"].upper().split()[5 : 5 + count]) for row in tested]
+        return [
+            chat(f"{words(n, n + 50)} {piece.replace(' ', ', ')}!", "x y") for n, piece in enumerate(pieces)
+        ]
+
+    held = frozen(*tested)
+    facts = stage({"x.jsonl": tested + rows + shares(size)}, leaks=REPORT, frozen=held)
+    assert facts.leaks[kind] == 30
+    facts = stage({"x.jsonl": tested + rows + shares(size - 1)}, leaks=REPORT, frozen=held)
+    assert facts.leaks[kind] == 0
+
+
+def test_a_run_that_stands_in_more_than_ten_train_rows_is_boilerplate(stage):
+    run = words(20, 1)
+    tested = [chat(f"{run} {words(20, 2)}", "x")]
+
+    def leaks(count: int) -> dict[str, int]:
+        rows = [
+            chat(f"{words(15, 10 + n)} {run} {run} {words(15, 90 + n)}", words(15, 200 + n))
+            for n in range(count)
+        ]
+        return stage({"x.jsonl": tested + rows}, leaks=REPORT, frozen=frozen(*tested)).leaks
+
+    assert leaks(10)["ngram_13"] == leaks(10)["ngram_8"] == 10
+    assert leaks(11)["ngram_13"] == leaks(11)["ngram_8"] == 0
+
+
+def test_what_only_a_system_prompt_shares_is_no_run(stage):
+    system = words(30, 1)
+    rows = [chat(words(12, 10 + n), "x", system) for n in range(8)]
+    assert not any(stage({"x.jsonl": rows}, leaks=REPORT, frozen=frozen(rows[0])).leaks.values())
+
+
+def test_leaks_to_be_refused_are_named_all_at_once_with_examples(stage):
+    rows = [chat(words(30, n), words(5, 500 + n)) for n in range(40)]
+    leaks = [chat(row["messages"][0]["content"], "other", "System.") for row in rows[:3]]
+    with pytest.raises(Refused) as refusal:
+        stage({"x.jsonl": rows + leaks}, leaks=dict.fromkeys(REPORT, "refuse"), frozen=frozen(*rows[:9]))
+    message = str(refusal.value)
+    assert "same_prompt: 3 train rows" in message and "near: 3 train rows" in message
+    assert "exact" not in refusal.value.found and "w" in message and "remove" in refusal.value.do
+    start = rows[0]["messages"][0]["content"][:40]
+    assert start in message
+
+
+def test_train_is_kept_apart_from_what_earlier_versions_held_out(stage, tmp_path):
+    rows = some_rows(200)
+    stage({"x.jsonl": rows}, split_salt="old")
+    old = {row["id"] for row in stage.rows("held_out")}
+    earlier = earlier_set("support version 3", stage)
+    facts = stage({"x.jsonl": rows}, split_salt="new", earlier=(earlier,))
+    train, held_out = ({row["id"] for row in stage.rows(side)} for side in ("train", "held_out"))
+    assert not train & old and facts.removed["exact"] == len(old - held_out) > 20
+    examples = stage.report["leaks"]["exact"]["examples"]
+    assert {example["against"] for example in examples} == {"support version 3"}
+    assert all(example["held_out_start"] == example["start"] for example in examples)
+    expected = stage.bytes()
+    damaged = replace(earlier, digest="0" * 64)
+    with pytest.raises(Unavailable, match="support version 3 is damaged"):
+        stage({"x.jsonl": rows}, split_salt="new", earlier=(damaged,))
+    stage({"x.jsonl": rows}, split_salt="new")
+    assert stage.bytes()[1] == expected[1] and stage.bytes()[0] != expected[0]
+
+
+def test_a_prompt_that_an_earlier_version_held_out_is_a_leak_however_often_it_stands_in_train(stage):
+    rows = some_rows(60) + [{"prompt": "again and again", "completion": str(n)} for n in range(30)]
+    held = FrozenSet("one", frozenset([group_of([{"role": "user", "content": "again and again"}])]), "")
+    stage({"x.jsonl": rows}, frozen=held)
+    earlier = earlier_set("m version 1", stage)
+    other = FrozenSet(
+        "two", frozenset(group_of([{"role": "user", "content": row["prompt"]}]) for row in rows[:9]), ""
+    )
+    facts = stage({"x.jsonl": rows}, frozen=other, earlier=(earlier,))
+    assert facts.removed["exact"] + facts.removed["same_prompt"] == 30
+
+
+def test_a_frozen_set_alone_decides_what_is_held_out(stage):
+    rows = some_rows(100, answers=2)
+    groups = frozenset(group_of([{"role": "user", "content": row["prompt"]}]) for row in rows[:20])
+    facts = stage({"x.jsonl": rows}, frozen=FrozenSet("fixed", groups, ""), held_out_fraction=0.5)
+    assert {row["group"] for row in stage.rows("held_out")} == groups
+    assert (facts.held_out_rows, facts.train_rows) == (20, 180)
+    assert stage.report["held_out"] == {"rows": 20, "groups": 10, "set": "fixed"}
+    with pytest.raises(Refused, match="none is held out"):
+        stage({"x.jsonl": rows[50:]}, frozen=FrozenSet("fixed", groups, ""), held_out_set="fixed")
+
+
+def test_when_nothing_is_left_to_train_on_the_causes_are_said(stage):
+    tested = chat(words(30, 1), "x")
+    rows = [chat(tested["messages"][0]["content"], "y", f"system {n}") for n in range(3)]
+    with pytest.raises(Refused, match="all 3 rows to train on were removed: same_prompt 3"):
+        stage({"x.jsonl": [tested, *rows]}, frozen=frozen(tested))
+
+
+@pytest.mark.parametrize("with_frozen", [False, True])
+def test_what_is_held_out_stays_held_out_while_data_grows_tenfold_whatever_is_removed(stage, with_frozen):
+    numbers = random.Random(3)
+    texts = [words(30, n) for n in range(250)]
+    rows = [chat(text, words(6, n)) for n, text in enumerate(texts)]
+    # Leaks and near duplicates among them, at any time.
+    rows += [chat(text, "other", "System.") for text in texts[:60]]
+    rows += [chat(f"{text} more", words(6, n)) for n, text in enumerate(texts[:90])]
+    numbers.shuffle(rows)
+    held = frozen(*rows[:20]) if with_frozen else None
+    policies = {"leaks": REMOVE, "near_duplicates": {"similarity": 0.5, "policy": "remove"}}
+    sides: dict[str, set[str]] = {"train": set(), "held_out": set()}
+    for tenths in range(1, 11):
+        facts = stage({"x.jsonl": rows[: len(rows) * tenths // 10]}, frozen=held, **policies)
+        now = {side: {row["group"] for row in stage.rows(side)} for side in sides}
+        assert sides["held_out"] <= now["held_out"]
+        assert not sides["train"] & now["held_out"] and not sides["held_out"] & now["train"]
+        sides = {side: sides[side] | now[side] for side in sides}
+    assert sum(facts.removed.values()) > 50

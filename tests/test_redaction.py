@@ -1,0 +1,101 @@
+"""What redaction takes for personal data or a secret, and what it does not."""
+
+import json
+
+import pytest
+from prepare_stage import REAL_DATA, Stage, real_data, some_rows
+
+from retuner.naming import chat_id
+from retuner.redaction import KINDS, redacted
+
+AWS = "AKIA" + "IOSFODNN7EXAMPLE"  # in two pieces, so that nobody's scanner takes it for a live one
+GITHUB = "ghp_" + "aB3" * 12
+JWT = "eyJhbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxMjM0In0." + "dozjgNryP4J3jVmNHl0w5N"
+PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow\nabc=\n-----END RSA PRIVATE KEY-----"
+
+
+def redact(text: str, kinds=KINDS) -> str:
+    return redacted([{"role": "user", "content": text}], kinds)[0][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Write to jo.doe+x@ex-ample.co.uk.", "Write to [EMAIL]."),
+        ("<müller@bücher.example>, a_b@c.io", "<[EMAIL]>, [EMAIL]"),
+        ("Call +44 20 7946 0958 now", "Call [PHONE] now"),
+        ("Call 0049 30 901820 now", "Call [PHONE] now"),
+        ("(415) 555-2671 or 415-555-2671 or 1-800-555-0199", "[PHONE] or [PHONE] or [PHONE]"),
+        ("Tel. 020 7946 0958.", "Tel. [PHONE]."),
+        ("06 12 34 56 78", "[PHONE]"),
+        ("4111 1111 1111 1111, 5500000000000004, 3782 822463 10005", "[CARD], [CARD], [CARD]"),
+        (f"key={AWS};", "key=[SECRET];"),
+        (f"{GITHUB} {JWT}", "[SECRET] [SECRET]"),
+        (f"here:\n{PEM}\nthanks", "here:\n[SECRET]\nthanks"),
+        ("Authorization: Bearer abcdefghijklmnopqrstuvwx.12", "Authorization: Bearer [SECRET]"),
+        ("https://user:hunter2@host/x, hunter2", "https://user:[SECRET]@host/x, hunter2"),
+    ],
+)
+def test_it_is_replaced_by_its_mark_and_nothing_else_changes(text, expected):
+    assert redact(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "order #4417, ref. BX-44056, invoice 2024-000123456",
+        "2024-01-02, 01-02-2024, 10.12.2024 14:30, 03/04/2025 0930",
+        "$1,234,567.00 and 1 200 000 € and 12345678901234567890",
+        "4111-1111-1111-1112 fails its check digit; IMEI 490154203237518 is no card",
+        "0900-0130, 555-1234, 3.14159265358979, 192.168.100.200, v10.15.7-2023",
+        "a @ b, user@localhost, @name, #tag, <<48/2=24>>24, 2000000-400000=1600000",
+        "The key to success is a token of trust; password: see above.",
+        "1000000000 people, 0.0000000001 mm, ISBN 978-3-16-148410-0",
+    ],
+)
+def test_numbers_and_words_that_are_something_else_stay(text):
+    assert redact(text) == text
+
+
+@real_data
+def test_false_alarms_in_real_chats():
+    counts = {}
+    for name in ("gsm8k/test", "e2e/test"):
+        lines = (REAL_DATA / f"{name}.jsonl").read_text("utf-8").split("\n")[:-1]
+        turns = [{"role": "user", "content": text} for line in lines for text in json.loads(line).values()]
+        counts[name] = redacted(turns, KINDS)[1]
+    assert not any(counts.values()), counts
+
+
+def test_sample_emails_hold_nothing_to_redact():
+    from retuner.support_emails import conversations
+
+    turns = [turn for row in conversations(400, 3) for turn in row["messages"]]
+    made, counts = redacted(turns, KINDS)
+    assert not counts and list(made) == turns
+
+
+def test_only_the_kinds_that_are_asked_for_are_touched():
+    text = f"a@b.org +44 20 7946 0958 4111111111111111 {AWS}"
+    assert redact(text, []) == text
+    assert redact(text, ["phone", "email"]) == f"[EMAIL] [PHONE] 4111111111111111 {AWS}"
+
+
+def test_prepare_redacts_before_it_names_compares_and_splits(tmp_path):
+    stage = Stage(tmp_path)
+    rows = [
+        {"prompt": f"My mail is u{n}@example.org, help me.", "completion": f"Wrote to u{n}@example.org."}
+        for n in range(5)
+    ]
+    facts = stage({"x.jsonl": rows + some_rows(40)}, redact=["email", "phone"])
+    assert facts.redacted == {"email": 10, "phone": 0} and facts.duplicates["exact"] == 4
+    assert stage.report["redacted"] == facts.redacted
+    kept = [row for side in ("train", "held_out") for row in stage.rows(side)]
+    mailed = [row for row in kept if "mail" in row["messages"][0]["content"]]
+    assert [turn["content"] for turn in mailed[0]["messages"]] == [
+        "My mail is [EMAIL], help me.",
+        "Wrote to [EMAIL].",
+    ]
+    assert mailed[0]["id"] == chat_id(mailed[0]["messages"]) and len(mailed) == 1
+    assert stage({"x.jsonl": rows + some_rows(40)}).redacted == {}
+    assert all(b"example.org" in data for data in [b"".join(stage.bytes())])
