@@ -1,6 +1,5 @@
 """`retuner VERB ...`: the command line. Everything heavy is imported by the verb that needs it."""
 
-import json
 import os
 import signal
 import sys
@@ -9,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.data import data_app
+from flows.options import AsJson, Because, Debug, ModelName, Overrides, ParamsFile, Version, print_json
 from retuner.errors import Refused, RetunerError
 from retuner.runtime import load_runtime, person
 
@@ -19,20 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Look at the data before it is trained on.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-ParamsFile = Annotated[Path, typer.Argument(help="A file such as params/quickstart.yaml.")]
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.lora.rank=16.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Version = Annotated[str, typer.Argument(help="A version number, or NAME@ALIAS, NAME/NUMBER.")]
-ModelName = Annotated[
-    str | None, typer.Option("--model", help="The registered model; needed when there are several.")
-]
-Because = Annotated[str, typer.Option("--because", help="Why; kept in the audit log.")]
 
 
 @app.callback()
@@ -76,7 +64,7 @@ def run(params: ParamsFile, set_: Overrides = [], as_json: AsJson = False, debug
 
         show_nothing_to_do(summary)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     if not summary["gate"]["passed"]:
         raise typer.Exit(3)
 
@@ -92,7 +80,7 @@ def why(params: ParamsFile, set_: Overrides = [], as_json: AsJson = False, debug
 
     told = reasons(open_context(load(params, tuple(set_)), load_runtime()))
     if as_json:
-        _print_json({"stages": [asdict(reason) for reason in told]})
+        print_json({"stages": [asdict(reason) for reason in told]})
         return
     for reason in told:
         print(f"{reason.stage:<11} {reason.state:<8} {(reason.fingerprint or '')[:12]}")
@@ -131,7 +119,7 @@ def compare(
     numbers = [version_named(runtime, name, version) for version in (a, b)]
     comparison = compare_versions(runtime, name, *numbers)
     if as_json:
-        _print_json(comparison.model_dump(mode="json"))
+        print_json(comparison.model_dump(mode="json"))
         return
     from rich.console import Console
 
@@ -189,7 +177,7 @@ def history(model: ModelName = None, as_json: AsJson = False, debug: Debug = Fal
     name = model_named(runtime, model)
     told = promotion.history(runtime, name)
     if as_json:
-        _print_json({"model_name": name, **asdict(told)})
+        print_json({"model_name": name, **asdict(told)})
         return
     for line in [*history_lines(told.entries), *told.notes]:
         print(line)
@@ -211,7 +199,7 @@ def replay(version: Version, model: ModelName = None, as_json: AsJson = False, d
     finally:
         terminal.close()
     if as_json:
-        _print_json(
+        print_json(
             {
                 "same": made.same,
                 "registered_sha256": made.registered_sha256,
@@ -284,49 +272,10 @@ def gc(
 
     done = collect(load_runtime(), keep, dry_run)
     if as_json:
-        _print_json(asdict(done))
+        print_json(asdict(done))
         return
     verb = "would remove" if dry_run else "removed"
     print(f"{verb} {len(done.removed)} results, {done.freed_bytes / 1e6:.1f} MB; {done.kept} stay")
-
-
-@data_app.command("check")
-def data_check(
-    params: ParamsFile,
-    set_: Overrides = [],
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Read, validate and split the data, without keeping anything."""
-    import tempfile
-
-    from retuner.dataset import open_dataset
-    from retuner.params import load
-    from retuner.splits import prepare
-
-    loaded = load(params, tuple(set_))
-    dataset = open_dataset(Path(loaded.data), load_runtime().home / "seen-data.json")
-    with tempfile.TemporaryDirectory() as out, tempfile.TemporaryDirectory() as work:
-        facts = prepare(Path(out), Path(work), dataset, loaded.prepare, Speaker(silent=as_json))
-    if as_json:
-        _print_json({"md5": dataset.md5, **facts.model_dump(mode="json")})
-
-
-class Speaker:
-    """Says lines on stdout, for verbs whose whole output these are."""
-
-    def __init__(self, silent: bool):
-        self.silent = silent
-
-    def say(self, line: str) -> None:
-        if not self.silent:
-            print(line)
-
-    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
-        pass
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        pass
 
 
 def _expected_version(text: str) -> Any:
@@ -341,7 +290,7 @@ def _say_promotion(done: Any, as_json: bool) -> None:
     from dataclasses import asdict
 
     if as_json:
-        _print_json({**asdict(done), "already": done.already})
+        print_json({**asdict(done), "already": done.already})
         return
     for note in done.notes:
         print(note)
@@ -350,10 +299,6 @@ def _say_promotion(done: Any, as_json: bool) -> None:
     else:
         instead = f"instead of version {done.replaced}" if done.replaced else "where nothing was before"
         print(f"{done.model_name} version {done.version} is in production, {instead}")
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))
 
 
 def main() -> None:
@@ -387,7 +332,7 @@ def _fail(error: RetunerError, code: int | None = None) -> int:
     code = error.exit_code if code is None else code
     if "--json" in sys.argv:
         told = {"found": error.found, "expected": error.expected, "do": error.do}
-        _print_json({"error": told, "exit_code": code})
+        print_json({"error": told, "exit_code": code})
     print(error, file=sys.stderr)
     return code
 

@@ -8,18 +8,11 @@ from html import escape
 from typing import Any
 
 from retuner.coloured import KEY, ShownRow, coloured
-from retuner.data_report import DataReport, Leak, SideTokens, TokenReport
+from retuner.data_report import LEAKS, DataReport, Leak, SideTokens, TokenReport
 from retuner.describe import Description
 from retuner.page_parts import Share, bar, counts, histogram, percent, said, stacked, table, tile
 from retuner.page_style import STYLE
 
-LEAKS = {
-    "exact": "the whole conversation, but for case and white space, is held out too",
-    "same_prompt": "a held-out row asks the very same",
-    "near": "nearly the whole conversation is held out too",
-    "ngram_13": "13 words in a row are those of a held-out row",
-    "ngram_8": "8 words in a row are those of a held-out row",
-}
 LEFT_OUT = {
     "train_too_long": "train rows longer than max_tokens",
     "held_out_too_long": "held-out rows longer than max_tokens",
@@ -113,12 +106,9 @@ def _tiles(report: DataReport, tokens: TokenReport | None) -> str:
             tile(f"{report.held_out.rows:,}", "rows held out"),
         ]
     tiles.append(tile(f"{report.dropped:,}", "duplicates dropped", percent(report.dropped, report.rows_read)))
-    leaking = sum(leak.rows for leak in report.leaks.values())
-    tiles.append(
-        tile(
-            f"{report.leaked:,}", "leaks removed", f"{leaking:,} found" if report.leaks else "not looked for"
-        )
-    )
+    stay = any(leak.rows > leak.removed for leak in report.leaks.values())
+    note = ("others stay, see Leaks" if stay else "none stays") if report.leaks else "not looked for"
+    tiles.append(tile(f"{report.leaked:,}", "leaks removed", note))
     return "".join(tiles)
 
 
@@ -167,8 +157,6 @@ def _look(report: DataReport, tokens: TokenReport | None) -> str:
                 f"{stripped:,} rows lose white space at the edge of a message: this tokenizer drops it there",
             )
         )
-        if tokens.packs:
-            found.append(("loss", f"{tokens.packs.rows_too_long:,} rows are longer than a pack"))
     lines = [
         f'<li>{escape(text)} (<a href="#{id}">more</a>)</li>'
         for id, text in found
@@ -242,7 +230,8 @@ def _loss(tokens: TokenReport) -> str:
         html += f"<h3>{packs.count:,} packs</h3>" + stacked(
             [Share("tokens of rows", train.tokens, "train"), Share("padding", padding, "rest")]
         )
-        html += "<p><small>Rows are never split, and rows of one pack never see one another.</small></p>"
+        long = f"; {packs.rows_too_long:,} were too long" if packs.rows_too_long else ""
+        html += f"<p><small>No row is split{long}. Rows of one pack never see one another.</small></p>"
     return html
 
 

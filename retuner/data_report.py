@@ -60,6 +60,16 @@ class Leak(Part):
     examples: tuple[LeakExample, ...] = ()
 
 
+LEAKS = {
+    "exact": "the whole conversation, but for case and white space, is held out too",
+    "same_prompt": "a held-out row asks the very same",
+    "near": "nearly the whole conversation is held out too",
+    "ngram_13": "13 words in a row are those of a held-out row",
+    "ngram_8": "8 words in a row are those of a held-out row",
+}
+"""What holds of a train row with a leak of this kind, the gravest first."""
+
+
 class SideReport(Part):
     rows: int = 0
     groups: int = 0
@@ -81,6 +91,11 @@ class DataReport(Part):
     train: SideReport = SideReport()
     held_out: SideReport = SideReport()
     description: dict[str, Any] = Field(default_factory=lambda: Description().spelled())
+
+    @field_validator("leaks")
+    @classmethod
+    def _gravest_first(cls, leaks: dict[str, Leak]) -> dict[str, Leak]:
+        return {kind: leaks[kind] for kind in [*LEAKS, *leaks] if kind in leaks}
 
     @property
     def described(self) -> Description:

@@ -92,14 +92,13 @@ def _git_bytes(repo: "Repo", commit: str, path: Path) -> bytes | None:
 
 def _from_cache(repo: "Repo", tracked: Tracked) -> Dataset:
     cache = repo.cache.local
-    absent, corrupt = faults(tracked, cache)
-    if absent:
+    if faults(tracked, cache)[0]:
         _fetch(repo, tracked)
-        absent, corrupt = faults(tracked, cache)
+    absent, corrupt = faults(tracked, cache)
     if corrupt:
         raise corrupt_cache(tracked, corrupt)
-    listing = None if absent else listing_of(tracked, cache)
-    if listing is None:
+    listing = listing_of(tracked, cache)
+    if absent or listing is None:
         raise not_fetched(repo, tracked, None)
     files = []
     for relpath, md5 in listing.items():
@@ -109,9 +108,14 @@ def _from_cache(repo: "Repo", tracked: Tracked) -> Dataset:
 
 
 def _fetch(repo: "Repo", tracked: Tracked) -> None:
+    """The list of files into the cache, then, when it can be trusted, the files."""
     from dvc_data.hashfile.hash_info import HashInfo
 
     try:
         repo.cloud.pull([HashInfo("md5", tracked.md5)], remote=tracked.remote)
+        listing = listing_of(tracked, repo.cache.local) or {}
+        repo.cloud.pull([HashInfo("md5", md5) for md5 in listing.values()], remote=tracked.remote)
+    except Refused:
+        raise
     except Exception as error:  # each kind of remote has its own errors
         raise not_fetched(repo, tracked, error) from error

@@ -6,6 +6,7 @@ Every function takes plain text and escapes it; what comes out is HTML.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate, pairwise
 from textwrap import shorten
 
 Bin = tuple[int, int, int]
@@ -99,7 +100,7 @@ def histogram(sides: Mapping[str, Sequence[Bin]], limit: int) -> str:
     number = -(-edge // width)
     right = 1.02 * max(number * width, limit if inside else 0)
     columns = {name: _columns(bins, width, number) for name, bins in sides.items()}
-    totals = {name: max(sum(each), 1.0) for name, each in columns.items()}
+    totals = {name: max(sum(each), 1) for name, each in columns.items()}
     top = max((count / totals[name] for name, each in columns.items() for count in each), default=0.0) or 1.0
     paths = []
     for kind, (name, each) in zip(("filled", "outlined"), columns.items(), strict=False):
@@ -111,7 +112,7 @@ def histogram(sides: Mapping[str, Sequence[Bin]], limit: int) -> str:
     pointed = "".join(
         f'<rect x="{1000 * at * width / right:.1f}" width="{1000 * width / right:.1f}" y="0" height="300"><title>'
         f"{at * width:,} to {(at + 1) * width - 1:,} tokens: "
-        + ", ".join(f"{escape(name)} {each[at]:,.0f} rows" for name, each in columns.items())
+        + ", ".join(f"{escape(name)} {each[at]:,} rows" for name, each in columns.items())
         + "</title></rect>"
         for at in range(number)
     )
@@ -123,7 +124,8 @@ def histogram(sides: Mapping[str, Sequence[Bin]], limit: int) -> str:
     else:
         notes.append(f"max_tokens, {limit:,}, lies beyond the right edge")
     if longest > number * width:
-        more = sum(count for bins in sides.values() for low, _, count in bins if low >= number * width)
+        more = sum(count for bins in sides.values() for _, _, count in bins)
+        more -= sum(map(sum, columns.values()))
         notes.append(f"{more:,} rows too, up to {longest - 1:,} tokens")
     beyond = f"; {', '.join(notes)}" if notes else ""
     ticks = "".join(f'<span style="left:{100 * tick / right:.2f}%">{tick:,}</span>' for tick in _ticks(right))
@@ -146,14 +148,16 @@ def percent(part: int, whole: int | None) -> str:
     return f"{share:.1f} %" if share < 10 or share >= 99 else f"{share:.0f} %"
 
 
-def _columns(bins: Sequence[Bin], width: int, number: int) -> list[float]:
+def _columns(bins: Sequence[Bin], width: int, number: int) -> list[int]:
     """How many there are in each of `number` columns of one width; a bin that lies in several is shared out."""
     columns = [0.0] * number
     for low, high, count in bins:
         for at in range(low // width, min(number, -(-high // width))):
             inside = min(high, (at + 1) * width) - max(low, at * width)
             columns[at] += count * inside / (high - low)
-    return columns
+    # Rounded where they end, so that the columns are whole numbers and their sum is right.
+    ends = [round(end, 6) for end in accumulate(columns, initial=0.0)]
+    return [int(end + 0.5) - int(begin + 0.5) for begin, end in pairwise(ends)]
 
 
 def _reach(bins: Sequence[Bin], share: float) -> int:

@@ -22,7 +22,7 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: .9rem 0 1.5rem; 
 section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1.1rem 1.25rem 1.25rem;
   margin: 0 0 1rem; scroll-margin-top: .5rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 1rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.25rem, 1fr)); gap: .75rem;
   margin: 0 0 1.25rem; }
 .tile { border-left: 3px solid var(--line); padding: .1rem 0 .1rem .75rem; display: flex; flex-direction: column; }
 .tile b { font-size: 1.5rem; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums; }

@@ -53,7 +53,7 @@ def prepare(
     from retuner.rows import Ordered, Parted
     from retuner.separation import separate
 
-    files = _matching(dataset, params.files)
+    files = matching(dataset, params.files)
     counts = Counts(max(params.max_bad_rows, SHOWN_ROWS))
     parted, rows = Parted(work), Ordered(work)
     try:
@@ -152,7 +152,7 @@ def _told(facts: SplitsFacts, counts: "Counts", apart: "Separation", params: Pre
     )
 
 
-def _matching(dataset: Dataset, pattern: str) -> list[DataFile]:
+def matching(dataset: Dataset, pattern: str) -> list[DataFile]:
     """The files a glob names, in the sense of `Path.glob`, sorted by name."""
     files = sorted(dataset.files, key=lambda file: file.relpath)
     matching = [file for file in files if _matches(file.relpath.split("/"), pattern.split("/"))]
