@@ -1,4 +1,4 @@
-"""Data preparation, from a file of chats to token ids with a loss mask: ours against `datasets.map`, in one run, interleaved.
+"""Data preparation, from a file of chats to token ids with a loss mask: ours against `datasets.map`, interleaved.
 
     python -m benchmarks.prepare ../shared/data ../shared/phi3-tokenizer [--rows 20000] [--rounds 3]
     python -m benchmarks.prepare ../shared/data ../shared/phi3-tokenizer --memory [--rows 100000]
@@ -7,8 +7,8 @@ Rows: `benchmarks.chat_corpus`. Ids and masks of all sides are compared, row by 
 
 - per row: `load_dataset("json")`, then `map` with `apply_chat_template`, ids and assistant mask from the template's
   `{% generation %}` marks (the lengths of prompts give the same mask and take longer: one more rendering a turn).
-- batched: the same with `batched=True`: `apply_chat_template(tokenize=False)`, one tokenizer call a batch, and the mask from
-  the places of the control tokens, in numpy.
+- batched: the same with `batched=True`: `apply_chat_template(tokenize=False)`, one tokenizer call a batch, and the
+  mask from the places of the control tokens, in numpy.
 - Rust: `encode_batch_fast` of the contents alone: no reading, no template, no mask, nothing written.
 - ours: the stages prepare (strict reading, validation, exact and near duplicates, leaks, splitting) and template (ids,
   masks, held-out prompts, pack plan, report), with an empty memo, and again with 1 % new rows. Sealing
@@ -205,7 +205,7 @@ def compare(data: Path, tokenizer_folder: Path, rows: int, rounds: int) -> None:
             timed(seconds, "Rust", rust, texts, tokenizer)
             ours = Ours(folder / f"store-{number}", tokenizer_folder)
             stages.append((ours.run(file), ours.run(grown)))
-        cold, again = stages[-1]
+        cold, _ = stages[-1]
         compared = refuse_other_ids(theirs, cold)
         tokens = cold.chats.facts.train_tokens
         mean = tokens / cold.chats.facts.train_rows

@@ -1,19 +1,20 @@
 """Token ids of texts, with each distinct piece of text tokenised once, and exact.
 
-Texts are cut into *units*: between two characters that no token can hold together. Where that is, is a theorem for two kinds
-of tokenizer that are recognised; any other has whole texts as its units.
+Texts are cut into *units*: between two characters that no token can hold together. Where that is, is a theorem for
+two kinds of tokenizer that are recognised; any other has whole texts as its units.
 
 **BPE over text in which spaces are written as ▁** (Llama 2, Phi-3): no pre-tokenizer, and a normalizer that
 replaces ` ` by `▁`, after putting one `▁` before the text or not. Such a tokenizer merges pairs of neighbours, the
 pair of lowest rank first. The vocabulary holds the result of every merge. So where no piece of the vocabulary holds the
 character x followed by y, no merge ever reaches over a place between x and y, and what happens on one side of it (which
-pairs there are and which ranks they have) does not depend on the other side: cut there. Required is that
-this holds for every y = ▁ that follows another character; for other y it is looked up for ASCII. Single
-characters without a piece become bytes, all 256 of which have one, so no unknown token spans a cut; and no merge takes a
-byte's piece, so that these characters merge with nothing. (A ▁ that stands in the text itself counts as white
-space here.) The ▁ before the text is a space before its first word.
+pairs there are and which ranks they have) does not depend on the other side: cut there. Required is that this holds
+for every y = ▁ that follows another character; for other y it is looked up for ASCII. Single characters without a
+piece become bytes, all 256 of which have one, so no unknown token spans a cut; and no merge takes a byte's piece, so
+that these characters merge with nothing. (A ▁ that stands in the text itself counts as white space here.) The ▁
+before the text is a space before its first word.
 
-**Byte-level BPE behind GPT-2's pattern** `'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+`
+**Byte-level BPE behind GPT-2's pattern**
+`'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+`
 (SmolLM2, where `Digits` cut out every digit before): each match is white space only; or, after one space or
 none, letters only, digits only or other signs only; or one of the contractions. So a match always begins at a space
 behind a non-space, and, but for what follows an apostrophe, where letters, digits and other signs border on each other.
@@ -62,7 +63,8 @@ class Rule:
 
     tokenizer: Any
     places: "NDArray[Any] | None" = None
-    """(256, 256): whether there is a cut between two bytes: NO, YES, or ASK about the whole characters. None: no cuts."""
+    """(256, 256): whether there is a cut between two bytes: NO, YES, or ASK about the whole characters. Without
+    them there are no cuts."""
     lead: str = ""
     """Goes before every text that is not empty."""
 
@@ -135,7 +137,7 @@ def _places_by_class(lone_digits: bool) -> "NDArray[Any]":
 def _places_before_spaces() -> "NDArray[Any]":
     import numpy as np
 
-    places = np.full((256, 256), NO, np.uint8)
+    places: Any = np.full((256, 256), NO, np.uint8)
     places[:, ord(" ")] = YES
     places[UNSAFE_ASCII, ord(" ")] = NO
     # The last bytes of what is no place for a cut, which other characters share.
@@ -170,7 +172,7 @@ class Words:
         self._unit_bytes = 0
         self._ids = np.array(list(self.controls), np.int32)
         self._starts = np.arange(len(self.controls))
-        self._lengths = np.ones(len(self.controls), np.int64)
+        self._lengths: Any = np.ones(len(self.controls), np.int64)
 
     def control_codes(self, ids: "NDArray[Any]") -> "NDArray[Any]":
         """The codes of control tokens."""
@@ -181,7 +183,8 @@ class Words:
     def codes(self, texts: Sequence[str]) -> tuple["NDArray[Any]", "NDArray[Any]"]:
         """The units of all texts in order, as codes, and how many there are of each text.
 
-        Errors: Refused when a text has a character that becomes a control token; UnicodeEncodeError for half a character.
+        Errors: Refused when a text has a character that becomes a control token; UnicodeEncodeError for half a
+        character.
         """
         import numpy as np
 
@@ -209,7 +212,7 @@ class Words:
 
         lengths = self._lengths[codes]
         ends = np.cumsum(lengths)
-        places = np.repeat(self._starts[codes] - ends + lengths, lengths)
+        places: Any = np.repeat(self._starts[codes] - ends + lengths, lengths)
         places += np.arange(len(places))
         return self._ids[places]
 
@@ -225,7 +228,7 @@ class Words:
         if not len(data):
             return np.zeros(0, np.int64), np.zeros(len(texts), np.int64)
         starts = self._unit_starts(data, offsets)
-        bounds = np.append(starts, len(data))
+        bounds: Any = np.append(starts, len(data))
         buffers = [None, pa.py_buffer(bounds), pa.py_buffer(data)]
         distinct = pa.Array.from_buffers(pa.large_binary(), len(starts), buffers).dictionary_encode()
         _, bounds, letters = distinct.dictionary.buffers()
@@ -242,9 +245,9 @@ class Words:
             return text_starts
         pairs = data[:-1].astype(np.uint16) << 8 | data[1:]
         kinds = self.rule.places.ravel()[pairs]
-        starts = np.zeros(len(data), np.bool_)
+        starts: Any = np.zeros(len(data), np.bool_)
         starts[1:] = kinds == YES
-        asked = np.flatnonzero(kinds == ASK) + 1
+        asked: Any = np.flatnonzero(kinds == ASK) + 1
         starts[asked] = _may_cut(data, asked)
         starts[text_starts] = True
         return np.flatnonzero(starts)
