@@ -1,4 +1,4 @@
-"""Data preparation, from a file of chats to token ids with a loss mask: ours against `datasets.map`, in one run, interleaved.
+"""Data preparation, from a file of chats to token ids with a loss mask: ours against `datasets.map`, interleaved.
 
     python -m benchmarks.prepare ../shared/data ../shared/phi3-tokenizer [--rows 20000] [--rounds 3]
     python -m benchmarks.prepare ../shared/data ../shared/phi3-tokenizer --memory [--rows 100000]
@@ -7,8 +7,8 @@ Rows: `benchmarks.chat_corpus`. Ids and masks of all sides are compared, row by 
 
 - per row: `load_dataset("json")`, then `map` with `apply_chat_template`, ids and assistant mask from the template's
   `{% generation %}` marks (the lengths of prompts give the same mask and take longer: one more rendering a turn).
-- batched: the same with `batched=True`: `apply_chat_template(tokenize=False)`, one tokenizer call a batch, and the mask from
-  the places of the control tokens, in numpy.
+- batched: the same with `batched=True`: `apply_chat_template(tokenize=False)`, one tokenizer call a batch, and the
+  mask from the places of the control tokens, in numpy.
 - Rust: `encode_batch_fast` of the contents alone: no reading, no template, no mask, nothing written.
 - ours: the stages prepare (strict reading, validation, exact and near duplicates, leaks, splitting) and template (ids,
   masks, held-out prompts, pack plan, report), with an empty memo, and again with 1 % new rows. Sealing
@@ -165,7 +165,9 @@ def refuse_other_ids(theirs: Any, made: Stages) -> int:
 
     known = set()
     for batch in theirs.with_format("arrow").iter(1000):
-        for ids, mask in zip(batch["input_ids"].to_pylist(), batch["assistant_masks"].to_pylist(), strict=True):
+        for ids, mask in zip(
+            batch["input_ids"].to_pylist(), batch["assistant_masks"].to_pylist(), strict=True
+        ):
             known.add((tuple(ids), bytes(mask)))
     compared = 0
     for side in ("train", "held_out"):
@@ -203,7 +205,7 @@ def compare(data: Path, tokenizer_folder: Path, rows: int, rounds: int) -> None:
             timed(seconds, "Rust", rust, texts, tokenizer)
             ours = Ours(folder / f"store-{number}", tokenizer_folder)
             stages.append((ours.run(file), ours.run(grown)))
-        cold, again = stages[-1]
+        cold, _ = stages[-1]
         compared = refuse_other_ids(theirs, cold)
         tokens = cold.chats.facts.train_tokens
         mean = tokens / cold.chats.facts.train_rows
@@ -228,24 +230,34 @@ def timed(seconds: dict[str, list[float]], name: str, work: Any, *arguments: Any
 
 
 def report(
-    seconds: dict[str, list[float]], stages: list[tuple[Stages, Stages]], rows: int, mean: float, compared: int
+    seconds: dict[str, list[float]],
+    stages: list[tuple[Stages, Stages]],
+    rows: int,
+    mean: float,
+    compared: int,
 ) -> None:
     cold = statistics.median(both[0].seconds for both in stages)
     again = statistics.median(both[1].seconds for both in stages)
     threads = len(os.sched_getaffinity(0))
-    print(f"{rows:,} chats, {mean:.0f} tokens on average, {threads} cores, medians of {len(stages)} interleaved rounds")
+    print(
+        f"{rows:,} chats, {mean:.0f} tokens on average, {threads} cores, medians of {len(stages)} interleaved rounds"
+    )
     print(f"ids and masks of {compared:,} rows are equal on all sides")
     line = "{:<26}{:>9.2f} s{:>10,.0f} rows/s{:>12,.0f} tokens/s   {}"
     for name, values in seconds.items():
         took = statistics.median(values)
-        goal = f"ours is {took / cold:.1f} x as fast" + (f" (goal {GOALS[name]:g} x)" if name in GOALS else "")
+        goal = f"ours is {took / cold:.1f} x as fast" + (
+            f" (goal {GOALS[name]:g} x)" if name in GOALS else ""
+        )
         print(line.format(name, took, rows / took, rows * mean / took, goal))
     print(line.format("ours, nothing in the memo", cold, rows / cold, rows * mean / cold, ""))
     for part in ("prepare", "template"):
         took = statistics.median(getattr(both[0], part) for both in stages)
         print(line.format(f"  {part}", took, rows / took, rows * mean / took, ""))
     sealed = [statistics.median(both[which].sealing for both in stages) for which in (0, 1)]
-    print(f"{'ours, 1 % new rows':<26}{again:>9.2f} s   {100 * again / cold:.1f} % (goal {100 * NEW_GOAL:g} %)")
+    print(
+        f"{'ours, 1 % new rows':<26}{again:>9.2f} s   {100 * again / cold:.1f} % (goal {100 * NEW_GOAL:g} %)"
+    )
     for part in ("prepare", "template"):
         print(f"  {part:<24}{statistics.median(getattr(both[1], part) for both in stages):>9.2f} s")
     print(f"{'sealing, not in the above':<26}{sealed[0]:>9.2f} s, {sealed[1]:.2f} s with 1 % new rows")
@@ -281,7 +293,10 @@ def memory(data: Path, tokenizer: Path, rows: int) -> None:
                 )
                 told = json.loads(done.stdout)
                 peaks.append(told["peak_mb"])
-                print(f"{count:>9,} rows, {name:<20}{told['peak_mb']:>8.0f} MB  {told['seconds']:.1f} s", flush=True)
+                print(
+                    f"{count:>9,} rows, {name:<20}{told['peak_mb']:>8.0f} MB  {told['seconds']:.1f} s",
+                    flush=True,
+                )
     for name, small, large in (("nothing in the memo", *peaks[::2]), ("all in the memo", *peaks[1::2])):
         print(f"ten times the rows, {name}: {large / small:.2f} x the peak (goal {MEMORY_GOAL:g} x)")
 

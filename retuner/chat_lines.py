@@ -1,7 +1,7 @@
 """The lines of train.jsonl and held_out.jsonl: found without parsing, read one by one or in runs.
 
-`prepare` begins every line with `{"group": "<32 hex digits>", "id": "<32 hex digits>", "messages": ` and orders lines by
-group, then id.
+`prepare` begins every line with `{"group": "<32 hex digits>", "id": "<32 hex digits>", "messages": ` and orders
+lines by group, then id.
 """
 
 import json
@@ -35,12 +35,13 @@ class ChatLines:
         import numpy as np
 
         self.path = path
-        ids, groups, ends = [], [], [np.zeros(1, np.int64)]
+        ids, groups = [], []
+        ends: list[Any] = [np.zeros(1, np.int64)]
         for line_ends, heads in _scan(path):
             ids.append(_from_hex(heads[:, ID_AT : ID_AT + 32]))
             groups.append(_from_hex(heads[:, GROUP_AT : GROUP_AT + 32]))
             ends.append(line_ends)
-        nothing = np.zeros((0, 16), np.uint8)
+        nothing: Any = np.zeros((0, 16), np.uint8)
         self.ids: NDArray[Any] = np.concatenate([nothing, *ids])
         """(rows, 16) bytes"""
         self.groups: NDArray[Any] = np.concatenate([nothing, *groups])
@@ -70,7 +71,7 @@ class ChatLines:
         """Some rows, given by their numbers in rising order."""
         import numpy as np
 
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        breaks: Any = np.flatnonzero(np.diff(rows) != 1) + 1
         chats = []
         with self.path.open("rb") as file:
             for run in np.split(rows, breaks):
@@ -88,7 +89,7 @@ def hex_strings(digests: "NDArray[Any]") -> Any:
 
     digits = np.frombuffer(b"0123456789abcdef", np.uint8)
     letters = np.stack([digits[digests >> 4], digits[digests & 15]], axis=2)
-    ends = np.arange(len(digests) + 1, dtype=np.int32) * 32
+    ends: Any = np.arange(len(digests) + 1, dtype=np.int32) * 32
     buffers = [None, pa.py_buffer(ends), pa.py_buffer(np.ascontiguousarray(letters))]
     return pa.Array.from_buffers(pa.string(), len(digests), buffers)
 
@@ -104,7 +105,7 @@ def _scan(path: Path) -> Iterator[tuple["NDArray[Any]", "NDArray[Any]"]]:
         while block := file.read(SCANNED_BYTES):
             block = rest + block
             data = np.frombuffer(block, np.uint8)
-            ends = np.flatnonzero(data == ord("\n")) + 1
+            ends: Any = np.flatnonzero(data == ord("\n")) + 1
             if not len(ends):
                 rest = block
                 continue
@@ -123,7 +124,7 @@ def _scan(path: Path) -> Iterator[tuple["NDArray[Any]", "NDArray[Any]"]]:
 def _from_hex(digits: "NDArray[Any]") -> "NDArray[Any]":
     import numpy as np
 
-    values = np.zeros(256, np.uint8)
+    values: Any = np.zeros(256, np.uint8)
     values[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16, dtype=np.uint8)
     halves = values[digits]
     return halves[:, 0::2] << 4 | halves[:, 1::2]

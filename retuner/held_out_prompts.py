@@ -10,12 +10,16 @@ from retuner.chat_lines import Chat, ChatLines
 from retuner.row_memo import Places, RowMemo
 
 
-def write_prompts(path: Path, lines: ChatLines, rows: RowMemo, places: Places, max_tokens: int) -> tuple[int, int]:
+def write_prompts(
+    path: Path, lines: ChatLines, rows: RowMemo, places: Places, max_tokens: int
+) -> tuple[int, int]:
     """One line for each group whose prompt fits into `max_tokens`, in their order: `group`, `messages`, `prompt_ids`,
     `references`. Returns how many, and of how many the prompt does not fit."""
     count = too_long = 0
     with path.open("w", encoding="utf-8", newline="\n") as prompts:
-        for group, members in groupby(_with_prompts(lines, rows, places), key=lambda member: member[0]["group"]):
+        for group, members in groupby(
+            _with_prompts(lines, rows, places), key=lambda member: member[0]["group"]
+        ):
             asked = _asked(members)
             if len(asked["prompt_ids"]) > max_tokens:
                 too_long += 1

@@ -34,8 +34,9 @@ class Found:
         if not len(train):
             return
         self.flags[train] = True
-        first = np.argsort(train, kind="stable")[: 8 * SHOWN]
-        least = dict(sorted(zip(train[first].tolist(), held_out[first].tolist()), reverse=True))
+        order = np.lexsort((held_out, train))
+        first = order[np.unique(train[order], return_index=True)[1][:SHOWN]]
+        least = dict(zip(train[first].tolist(), held_out[first].tolist()))
         for row, other in self.examples:
             least[row] = min(other, least.get(row, other))
         self.examples = sorted(least.items())[:SHOWN]

@@ -14,17 +14,17 @@ BATCH_PACKS = 10_000
 
 
 def plan_packs(lengths: "NDArray[Any]", pack_tokens: int) -> "NDArray[Any]":
-    """The number of the pack of every row, whole, of at most `pack_tokens` tokens; each row has at least 1 and at most so many.
+    """The number of the pack of every row. Packs have at most `pack_tokens` tokens, rows from 1 to as many.
 
-    Rows are taken from the longest to the shortest, in their order where they are as long, and each goes into the pack
-    where it leaves the least room. As the rows of one length come one after the other, they are placed many at a time: a
-    pack with room r, the least that suffices, takes r // length of them before another pack is looked at. Takes some
-    milliseconds for 100,000 rows; memory is a few numbers a row.
+    Rows are taken from the longest to the shortest, in their order where they are as long, and each goes into the
+    pack where it leaves the least room. As the rows of one length come one after the other, they are placed many at
+    a time: a pack with room r, the least that suffices, takes r // length of them before another pack is looked at.
+    Memory is a few numbers a row.
     """
     import numpy as np
 
     order = np.argsort(-lengths, kind="stable")
-    pack_of = np.empty(len(lengths), np.int32)
+    pack_of: Any = np.empty(len(lengths), np.int32)
     room: dict[int, list[Any]] = {}
     """Room left to the packs that have so much, in the order in which they came to it."""
     rooms = 0
@@ -75,6 +75,8 @@ def write_packs(path: Path, pack_of: "NDArray[Any]", pack_tokens: int) -> int:
             members = rows[ends[0] : ends[-1]]
             values = pa.Array.from_buffers(pa.int32(), len(members), [None, pa.py_buffer(members)])
             offsets = pa.py_buffer((ends - ends[0]).astype(np.int32))
-            packs = pa.Array.from_buffers(schema.field("rows").type, len(ends) - 1, [None, offsets], children=[values])
+            packs = pa.Array.from_buffers(
+                schema.field("rows").type, len(ends) - 1, [None, offsets], children=[values]
+            )
             stream.write_batch(pa.record_batch([packs], schema=schema))
     return len(bounds) - 1

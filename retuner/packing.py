@@ -42,8 +42,8 @@ def count_rows(rows: Any) -> RowCounts:
 
 
 def lay_out(rows: Any, packs: Path, cache: Path) -> tuple[Any, int]:
-    """The sequences that packs.arrow plans, and of how many tokens they may be; `seq_lengths` says where each row of one
-    ends. Written to `cache` and mapped from there."""
+    """The sequences that packs.arrow plans, and of how many tokens they may be; `seq_lengths` says where each row
+    of one ends. Written to `cache` and mapped from there."""
     import numpy as np
     import pyarrow as pa
     from datasets import Dataset
@@ -63,11 +63,13 @@ def lay_out(rows: Any, packs: Path, cache: Path) -> tuple[Any, int]:
             for first in range(0, batch.num_rows, PACKS_AT_ONCE):
                 ends, members = _flat(batch.column("rows").slice(first, PACKS_AT_ONCE))
                 members = members[ends[0] : ends[-1]]
-                chunks = np.searchsorted(begins, members, side="right") - 1
+                chunks: Any = np.searchsorted(begins, members, side="right") - 1
                 places = list(zip(chunks.tolist(), (members - begins[chunks]).tolist(), strict=True))
                 laid = []
                 for column in columns:
-                    parts = [column[chunk][1][slice(*column[chunk][0][row : row + 2])] for chunk, row in places]
+                    parts = [
+                        column[chunk][1][slice(*column[chunk][0][row : row + 2])] for chunk, row in places
+                    ]
                     laid.append(np.concatenate(parts))
                 row_ends = np.cumsum([0, *map(len, parts)])
                 bounds = ends - ends[0]

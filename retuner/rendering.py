@@ -78,7 +78,7 @@ class Renderer:
         white space, which would melt into the template's own line break if it were not cut off from the prompt."""
         # NUL stands in no control token, so none comes of two messages.
         return not self.template.control_text.search("\0".join([m["content"] for m in messages])) and not any(
-            [m["content"][:1].isspace() for m in messages if m["role"] == "assistant"]
+            m["content"][:1].isspace() for m in messages if m["role"] == "assistant"
         )
 
     def check(self, messages: Sequence[Message]) -> None:
@@ -121,10 +121,10 @@ class Renderer:
         supervised = _joined([layout.supervised for layout, _ in plans], np.bool_)
         items = _ends([len(layout.items) for layout, _ in plans])
         is_control = controls >= 0
-        units = np.ones(len(controls), np.int64)
+        units: Any = np.ones(len(controls), np.int64)
         units[~is_control] = segment_units
         codes = np.empty(units.sum(), np.int64)
-        unit_is_control = np.repeat(is_control, units)
+        unit_is_control: Any = np.repeat(is_control, units)
         codes[unit_is_control] = self.words.control_codes(controls[is_control])
         codes[~unit_is_control] = segment_codes
 

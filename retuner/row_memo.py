@@ -2,9 +2,9 @@
 
     <memo>/<key>/<sha256 of its bytes>.rows     an Arrow file of rows by their ids, never changed
 
-The key stands for the tokenizer, the template, the code and the libraries that decide what a row becomes. A file comes with
-one rename, carries its checksum as its name and is verified before it is used; so a process that is killed, or two
-at a time, or damage, cost a row's tokenising and nothing else. `retuner.memo` prunes keys that are no longer used.
+The key stands for the tokenizer, the template, the code and the libraries that decide what a row becomes. A file comes
+with one rename, carries its checksum as its name and is verified before it is used; so a process that is killed, or
+two at a time, or damage, cost a row's tokenising and nothing else. `retuner.memo` prunes keys that are no longer used.
 """
 
 import mmap
@@ -47,7 +47,9 @@ class Places:
     def joined(parts: "Sequence[Places]") -> "Places":
         import numpy as np
 
-        return Places(np.concatenate([part.file for part in parts]), np.concatenate([part.row for part in parts]))
+        return Places(
+            np.concatenate([part.file for part in parts]), np.concatenate([part.row for part in parts])
+        )
 
 
 class RowMemo:
@@ -74,22 +76,27 @@ class RowMemo:
             return places
         # Ids are digests, so eight of their bytes are enough to find one, and all sixteen to know it.
         keys = np.ascontiguousarray(held[:, :8]).view(np.uint64).ravel()
-        order = np.argsort(keys)
+        order: Any = np.argsort(keys)
         asked = np.ascontiguousarray(ids[:, :8]).view(np.uint64).ravel()
-        at = order[np.searchsorted(keys, asked, sorter=order).clip(max=len(keys) - 1)]
+        at: Any = order[np.searchsorted(keys, asked, sorter=order).clip(max=len(keys) - 1)]
         is_there = (held[at] == ids).all(axis=1)
-        begins = np.cumsum([0, *(len(file.ids) for file in self.files)])
-        file = np.searchsorted(begins, at, side="right") - 1
+        begins: Any = np.cumsum([0, *(len(file.ids) for file in self.files)])
+        file: Any = np.searchsorted(begins, at, side="right") - 1
         places.file[is_there] = file[is_there]
         places.row[is_there] = (at - begins[file])[is_there]
         return places
 
-    def add(self, ids: "NDArray[Any]", rows: TokenRows, roles: Sequence[str], plain: Sequence[bool]) -> Places:
+    def add(
+        self, ids: "NDArray[Any]", rows: TokenRows, roles: Sequence[str], plain: Sequence[bool]
+    ) -> Places:
         """New rows. They are there, here and for others, when `flush` was called."""
         import numpy as np
 
         first = self._waiting_rows
-        places = np.full(len(rows), len(self.files), np.int32), np.arange(first, first + len(rows), dtype=np.int32)
+        places: Any = (
+            np.full(len(rows), len(self.files), np.int32),
+            np.arange(first, first + len(rows), dtype=np.int32),
+        )
         self._waiting.append((ids, rows, roles, plain))
         self._waiting_rows += len(rows)
         self._waiting_bytes += rows.input_ids.nbytes
@@ -107,7 +114,7 @@ class RowMemo:
         """One number a row: `tokens`, `stripped` or `plain`. All rows must be there."""
         import numpy as np
 
-        values = np.zeros(len(places.file), np.int64)
+        values: Any = np.zeros(len(places.file), np.int64)
         for file, here in self._parts(places):
             values[here] = getattr(file, name)[places.row[here]]
         return values
@@ -116,7 +123,7 @@ class RowMemo:
         """Tokens of each row that carry loss, in spans that end within its first `at_most` tokens."""
         import numpy as np
 
-        values = np.zeros(len(places.file), np.int64)
+        values: Any = np.zeros(len(places.file), np.int64)
         for file, here in self._parts(places):
             lengths = np.where(file.spans[:, 1] <= at_most, file.spans[:, 1] - file.spans[:, 0], 0)
             sums = np.concatenate([[0], np.cumsum(lengths)])[file.span_offsets]
@@ -127,7 +134,8 @@ class RowMemo:
         """The sequence of roles of each row, as a number, and what the numbers mean."""
         import numpy as np
 
-        values, names = np.zeros(len(places.file), np.int64), dict[str, int]()
+        values: Any = np.zeros(len(places.file), np.int64)
+        names: dict[str, int] = {}
         for file, here in self._parts(places):
             meant = np.array([names.setdefault(name, len(names)) for name in file.role_names], np.int64)
             values[here] = meant[file.roles[places.row[here]]]
@@ -158,7 +166,7 @@ class RowMemo:
             spans.append(file.spans[file.span_offsets[start] : file.span_offsets[end + 1]])
             counts.append(np.diff(file.span_offsets[start : end + 2]))
         flat_spans, row_spans = np.concatenate(spans), np.concatenate(counts)
-        row = np.repeat(np.arange(len(lengths)), row_spans)
+        row: Any = np.repeat(np.arange(len(lengths)), row_spans)
         if (whole := flat_spans[:, 1] <= at_most).all():
             kept = row_spans
         else:
@@ -294,6 +302,8 @@ def _as_batch(parts: Sequence[tuple[Any, ...]]) -> Any:
         "spans": listed([part.spans.ravel() for part in rows], [2 * part.span_offsets for part in rows]),
         "stripped": flat(pa.int32(), [part.stripped_chars for part in rows], np.int32),
         "plain": flat(pa.int8(), [np.array(part[3], np.int8) for part in parts], np.int8),
-        "roles": pa.DictionaryArray.from_arrays(flat(pa.int32(), [roles], np.int32), pa.array(list(names), pa.string())),
+        "roles": pa.DictionaryArray.from_arrays(
+            flat(pa.int32(), [roles], np.int32), pa.array(list(names), pa.string())
+        ),
     }
     return pa.record_batch(list(columns.values()), names=list(columns))

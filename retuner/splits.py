@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from retuner.artifacts import SplitsFacts
 from retuner.dataset import DataFile, Dataset
-from retuner.errors import Refused
+from retuner.errors import Refused, Unavailable
+from retuner.files import sha256_file
 from retuner.observe import Observer
 from retuner.params import PrepareParams
 
@@ -44,7 +45,7 @@ def prepare(
 
     Errors: Refused when no file matches, a file is of another kind, there are more bad rows than
     `params.max_bad_rows`, there is a leak of a kind that is to be refused, or a side would be empty. The message
-    says where and what to do.
+    says where and what to do. Unavailable when a file cannot be read or an earlier held-out set is damaged.
     """
     # A cached run imports this module too, and should not pay for numpy.
     from retuner.intake import Counts, Reading
@@ -95,7 +96,21 @@ def prepare(
         rows.close()
     (out / "aside").mkdir()
     _write(out / "aside" / "quarantine.jsonl", (_json(asdict(bad)) for bad in counts.bad_rows))
-    report = {
+    _write(out / "aside" / "report.json", [_json(_report(facts, counts, apart, params, frozen))])
+    for line in _told(facts, counts, apart, params):
+        observer.say(line)
+    return facts
+
+
+def _report(
+    facts: SplitsFacts,
+    counts: "Counts",
+    apart: "Separation",
+    params: PrepareParams,
+    frozen: "FrozenSet | None",
+) -> dict[str, Any]:
+    """aside/report.json, see `retuner.data_report.DataReport`."""
+    return {
         "formats": facts.formats,
         "rows_by_file": counts.rows_by_file,
         "rows_read": facts.rows_read,
@@ -115,10 +130,6 @@ def prepare(
         },
         "description": counts.description.spelled(),
     }
-    _write(out / "aside" / "report.json", [_json(report)])
-    for line in _told(facts, counts, apart, params):
-        observer.say(line)
-    return facts
 
 
 def _told(facts: SplitsFacts, counts: "Counts", apart: "Separation", params: PrepareParams) -> Iterator[str]:
@@ -188,12 +199,18 @@ def _read(
 
 
 def _add_earlier(rows: "Ordered", earlier: Sequence["EarlierSet"], memo: "Memo | None") -> None:
-    """The rows of each earlier held-out set, as a side of their own."""
+    """The rows of each earlier held-out set, as a side of their own. Errors: Unavailable when one is damaged."""
     import numpy as np
 
     from retuner.intake import Reading
 
     for side, held_out in enumerate(earlier, 2):
+        if sha256_file(held_out.path) != held_out.digest:
+            raise Unavailable(
+                f"the held-out set of {held_out.name} is damaged: {held_out.path} has another digest",
+                held_out.digest,
+                "run the same command again: the damaged copy is set aside",
+            )
         file, read = DataFile(f"{held_out.name}.jsonl", held_out.path, held_out.path.stat().st_size, ""), 0
         for _, segment in Reading("messages", memo=memo).segments(file):
             heads = segment.batch.heads.copy()

@@ -55,8 +55,8 @@ class TokenRows:
         """(T,) int32: the ids that carry loss, IGNORE elsewhere."""
         import numpy as np
 
-        begins = np.repeat(self.offsets[:-1], np.diff(self.span_offsets))
-        steps = np.zeros(len(self.input_ids) + 1, np.int8)
+        begins: Any = np.repeat(self.offsets[:-1], np.diff(self.span_offsets))
+        steps: Any = np.zeros(len(self.input_ids) + 1, np.int8)
         steps[begins + self.spans[:, 0]] += 1
         steps[begins + self.spans[:, 1]] -= 1
         supervised = np.cumsum(steps[:-1], dtype=np.int8).view(np.bool_)

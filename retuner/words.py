@@ -1,29 +1,34 @@
-"""Token ids of texts, with each distinct word tokenised once, and exact.
+"""Token ids of texts, with each distinct piece of text tokenised once, and exact.
 
-A text is cut into *units* before every space that does not follow white space, so that a unit is a space and the
-word behind it. That gives the ids of the whole text only where no token can reach over such a place. Two kinds of
-tokenizer are recognised for which this is a theorem; any other has whole texts as its units.
+Texts are cut into *units*: between two characters that no token can hold together. Where that is, is a theorem for
+two kinds of tokenizer that are recognised; any other has whole texts as its units.
 
 **BPE over text in which spaces are written as ▁** (Llama 2, Phi-3): no pre-tokenizer, and a normalizer that
 replaces ` ` by `▁`, after putting one `▁` before the text or not. Such a tokenizer merges pairs of neighbours, the
-pair of lowest rank first. Merging over the cut would make a piece in which ▁ follows another character, and there is
-none in the vocabulary, which holds the result of every merge. So no merge reaches over a cut, and what happens on one
-side of it (which pairs there are and which ranks they have) never depends on the other side. Single characters
-without a piece become bytes, all 256 of which have one, so no unknown token spans the cut either. (A ▁ that
-stands in the text itself counts as white space here.) The ▁ before the text is a space before its first word.
+pair of lowest rank first. The vocabulary holds the result of every merge. So where no piece of the vocabulary holds the
+character x followed by y, no merge ever reaches over a place between x and y, and what happens on one side of it (which
+pairs there are and which ranks they have) does not depend on the other side: cut there. Required is that this holds
+for every y = ▁ that follows another character; for other y it is looked up for ASCII. Single characters without a
+piece become bytes, all 256 of which have one, so no unknown token spans a cut; and no merge takes a byte's piece, so
+that these characters merge with nothing. (A ▁ that stands in the text itself counts as white space here.) The ▁
+before the text is a space before its first word.
 
-**Byte-level BPE behind GPT-2's pattern** `'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+`
-(SmolLM2, where `Digits` cut out every digit before): each match is white space only, or has white space at
-its beginning only. So no match runs from a non-space into a space, and a match begins at every cut. What is left of it
-matches as it would alone, because the one look-ahead asks what follows white space, and left of a cut there is
-none; what is right of it does, because the pattern never looks back. BPE then works inside single matches.
+**Byte-level BPE behind GPT-2's pattern**
+`'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+`
+(SmolLM2, where `Digits` cut out every digit before): each match is white space only; or, after one space or
+none, letters only, digits only or other signs only; or one of the contractions. So a match always begins at a space
+behind a non-space, and, but for what follows an apostrophe, where letters, digits and other signs border on each other.
+Left of such a place all matches as it would alone, because the one look-ahead asks what follows white space, and
+there is none before the place; right of it too, because the pattern never looks back. BPE then works inside
+single matches.
 
 `tests/test_words.py` holds both against the tokenizers themselves, and so does every `Words` with the first texts that
 it gets.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
@@ -40,10 +45,10 @@ WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".joi
 )
 
 SPACE = "▁"
-NOT_BEFORE_A_CUT = frozenset(
-    {*WHITE_SPACE, *map(chr, range(0x20)), "\x7f", "\u180e", "\u200b", "\ufeff", SPACE}
-)
-"""More than white space: what any engine might take for it."""
+UNSAFE_ASCII = [*range(0x21), 0x7F]
+NOT_BEFORE_A_CUT = frozenset({*WHITE_SPACE, *map(chr, UNSAFE_ASCII), "\u180e", "\u200b", "\ufeff", SPACE})
+"""A space behind one of these begins no unit: more than white space, what any engine might take for it."""
+NO, YES, ASK = 0, 1, 2
 
 CHECKED_TEXTS = 256
 """How many of the first texts are tokenised whole too, for comparison."""
@@ -57,9 +62,15 @@ class Rule:
     """How texts become units, and who tokenises those."""
 
     tokenizer: Any
-    cuts: bool
+    places: "NDArray[Any] | None" = None
+    """(256, 256): whether there is a cut between two bytes: NO, YES, or ASK about the whole characters. Without
+    them there are no cuts."""
     lead: str = ""
     """Goes before every text that is not empty."""
+
+    @property
+    def cuts(self) -> bool:
+        return self.places is not None
 
 
 def provable_rule(plain: Any) -> Rule:
@@ -67,7 +78,7 @@ def provable_rule(plain: Any) -> Rule:
     from tokenizers import Tokenizer, normalizers
     from tokenizers.models import BPE
 
-    whole = Rule(plain, cuts=False)
+    whole = Rule(plain)
     model = plain.model
     if not isinstance(model, BPE) or model.dropout is not None:
         return whole
@@ -77,19 +88,61 @@ def provable_rule(plain: Any) -> Rule:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     digits = {"type": "Digits", "individual_digits": True}
     if normalizer == [] and pre_tokenizer in ([byte_level], [digits, byte_level]):
-        return Rule(plain, cuts=True)
+        return Rule(plain, _places_by_class(digits in pre_tokenizer))
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
     if pre_tokenizer == [] and normalizer in ([replace], [prepend, replace]):
         vocabulary = plain.get_vocab()
-        all_bytes = all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+        byte_pieces = {f"<0x{byte:02X}>" for byte in range(256)}
+        merged_bytes = any(
+            "<0x" in piece and any(byte in piece for byte in byte_pieces - {piece}) for piece in vocabulary
+        )
         reaches_over = any(SPACE in piece.lstrip(SPACE) for piece in vocabulary)
         # With ignore_merges a text that is a piece as a whole is never merged, and a unit of it may be.
-        if model.byte_fallback and all_bytes and not reaches_over and not model.ignore_merges:
+        complete = model.byte_fallback and byte_pieces <= vocabulary.keys()
+        if complete and not merged_bytes and not reaches_over and not model.ignore_merges:
             units = Tokenizer(model)
             units.normalizer = normalizers.Replace(" ", SPACE)
-            return Rule(units, cuts=True, lead=" " if prepend in normalizer else "")
+            return Rule(units, _places_by_pieces(vocabulary), lead=" " if prepend in normalizer else "")
     return whole
+
+
+def _places_by_pieces(vocabulary: Iterable[str]) -> "NDArray[Any]":
+    """Cuts between two characters of ASCII that no piece holds side by side, and before spaces."""
+    places = _places_before_spaces()
+    places[:128, :128] = YES
+    for piece in vocabulary:
+        for left, right in pairwise(piece.replace(SPACE, " ").encode()):
+            if left < 128 and right < 128:
+                places[left, right] = NO
+    places[UNSAFE_ASCII, ord(" ")] = NO
+    return places
+
+
+def _places_by_class(lone_digits: bool) -> "NDArray[Any]":
+    """Cuts where letters, digits and other signs of ASCII border on each other, not behind an apostrophe, and before
+    spaces."""
+    import numpy as np
+
+    places = _places_before_spaces()
+    signs = "".join(sorted({*string.punctuation} - {"'"}))
+    classes = (string.ascii_letters, string.digits, signs)
+    for left in classes:
+        for right in (string.ascii_letters, string.digits, signs + "'"):
+            within = left[0] in right and not (lone_digits and left == string.digits)
+            places[np.ix_(list(left.encode()), list(right.encode()))] = NO if within else YES
+    return places
+
+
+def _places_before_spaces() -> "NDArray[Any]":
+    import numpy as np
+
+    places: Any = np.full((256, 256), NO, np.uint8)
+    places[:, ord(" ")] = YES
+    places[UNSAFE_ASCII, ord(" ")] = NO
+    # The last bytes of what is no place for a cut, which other characters share.
+    places[[char.encode()[-1] for char in NOT_BEFORE_A_CUT - set(map(chr, UNSAFE_ASCII))], ord(" ")] = ASK
+    return places
 
 
 def _spelled(part: Any) -> list[dict[str, Any]]:
@@ -119,7 +172,7 @@ class Words:
         self._unit_bytes = 0
         self._ids = np.array(list(self.controls), np.int32)
         self._starts = np.arange(len(self.controls))
-        self._lengths = np.ones(len(self.controls), np.int64)
+        self._lengths: Any = np.ones(len(self.controls), np.int64)
 
     def control_codes(self, ids: "NDArray[Any]") -> "NDArray[Any]":
         """The codes of control tokens."""
@@ -130,7 +183,8 @@ class Words:
     def codes(self, texts: Sequence[str]) -> tuple["NDArray[Any]", "NDArray[Any]"]:
         """The units of all texts in order, as codes, and how many there are of each text.
 
-        Errors: Refused when a text has a character that becomes a control token; UnicodeEncodeError for half a character.
+        Errors: Refused when a text has a character that becomes a control token; UnicodeEncodeError for half a
+        character.
         """
         import numpy as np
 
@@ -143,7 +197,7 @@ class Words:
             whole = self.plain.encode_batch_fast(list(checked), add_special_tokens=False)
             ids = list(chain.from_iterable(encoding.ids for encoding in whole))
             if not np.array_equal(self.ids(codes[: counts[: len(checked)].sum()]), ids):
-                self.rule, self._to_check = Rule(self.plain, cuts=False), 0
+                self.rule, self._to_check = Rule(self.plain), 0
                 self._forget()
                 return self._look_up(texts)
         return codes, counts
@@ -158,7 +212,7 @@ class Words:
 
         lengths = self._lengths[codes]
         ends = np.cumsum(lengths)
-        places = np.repeat(self._starts[codes] - ends + lengths, lengths)
+        places: Any = np.repeat(self._starts[codes] - ends + lengths, lengths)
         places += np.arange(len(places))
         return self._ids[places]
 
@@ -174,7 +228,7 @@ class Words:
         if not len(data):
             return np.zeros(0, np.int64), np.zeros(len(texts), np.int64)
         starts = self._unit_starts(data, offsets)
-        bounds = np.append(starts, len(data))
+        bounds: Any = np.append(starts, len(data))
         buffers = [None, pa.py_buffer(bounds), pa.py_buffer(data)]
         distinct = pa.Array.from_buffers(pa.large_binary(), len(starts), buffers).dictionary_encode()
         _, bounds, letters = distinct.dictionary.buffers()
@@ -187,11 +241,14 @@ class Words:
         import numpy as np
 
         text_starts = offsets[:-1][offsets[:-1] < offsets[1:]]
-        if not self.rule.cuts:
+        if self.rule.places is None:
             return text_starts
-        spaces = np.flatnonzero(data == ord(" "))
-        starts = np.zeros(len(data), np.bool_)
-        starts[spaces[_may_cut(data, spaces)]] = True
+        pairs = data[:-1].astype(np.uint16) << 8 | data[1:]
+        kinds = self.rule.places.ravel()[pairs]
+        starts: Any = np.zeros(len(data), np.bool_)
+        starts[1:] = kinds == YES
+        asked: Any = np.flatnonzero(kinds == ASK) + 1
+        starts[asked] = _may_cut(data, asked)
         starts[text_starts] = True
         return np.flatnonzero(starts)
 
@@ -223,20 +280,10 @@ class Words:
 
 
 def _may_cut(data: "NDArray[Any]", spaces: "NDArray[Any]") -> "NDArray[Any]":
-    """Whether the character before each space is none of NOT_BEFORE_A_CUT. What stands before the first byte of
-    `data` does not matter: a unit begins there anyway."""
+    """Whether the character before each space, of more than one byte, is none of NOT_BEFORE_A_CUT."""
     import numpy as np
 
     codes = [int.from_bytes(char.encode(), "big") for char in NOT_BEFORE_A_CUT]
-    clear = np.ones(256, np.bool_)
-    clear[[code & 0xFF for code in codes]] = False
-    last = data[spaces - 1]
-    may = clear[last]
-    # A last byte that characters of two or three bytes share with one of those: look at all of it.
-    doubtful = np.flatnonzero(~may & (last >= 0x80))
-    if len(doubtful):
-        at = spaces[doubtful]
-        one, two, three = (data[np.maximum(at - back, 0)].astype(np.int64) for back in (1, 2, 3))
-        pair = two << 8 | one
-        may[doubtful] = ~(np.isin(pair, codes) | np.isin(three << 16 | pair, codes))
-    return may
+    one, two, three = (data[np.maximum(spaces - back, 0)].astype(np.int64) for back in (1, 2, 3))
+    pair = two << 8 | one
+    return ~(np.isin(pair, codes) | np.isin(three << 16 | pair, codes))

@@ -1,7 +1,7 @@
 """The template stage over made-up chats that share a memo, in this process or in one to be killed.
 
-`python template_job.py` reads from stdin, line by line, `[base, folder, seconds or null]`, runs the stage in a fork of itself
-and, where seconds are given, kills that then; it says what the fork told.
+`python template_job.py` reads from stdin, line by line, `[base, folder, seconds or null]`, runs the stage in a fork
+of itself and, where seconds are given, kills that then; it says what the fork told.
 """
 
 import hashlib

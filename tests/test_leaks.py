@@ -2,29 +2,18 @@
 
 import json
 import random
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 from prepare_stage import REAL_DATA, Stage, real_data, some_rows
 
-from retuner.errors import Refused
+from retuner.errors import Refused, Unavailable
+from retuner.files import sha256_file
+from retuner.held_out import EarlierSet, FrozenSet
 from retuner.naming import group_of
 
 REPORT = dict.fromkeys(("exact", "same_prompt", "near", "ngram_13", "ngram_8"), "report")
 REMOVE = dict.fromkeys(REPORT, "remove")
-
-
-@dataclass(frozen=True)
-class Frozen:
-    name: str
-    groups: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Earlier:
-    name: str
-    path: Path
 
 
 @pytest.fixture
@@ -37,8 +26,13 @@ def chat(prompt: str, answer: str, system: str | None = None) -> dict:
     return {"messages": [{"role": "system", "content": system}] * (system is not None) + turns}
 
 
-def frozen(*rows: dict) -> Frozen:
-    return Frozen("fixed", frozenset(group_of(row["messages"]) for row in rows))
+def frozen(*rows: dict) -> FrozenSet:
+    return FrozenSet("fixed", frozenset(group_of(row["messages"]) for row in rows), "")
+
+
+def earlier_set(name: str, stage: Stage) -> EarlierSet:
+    path = stage.out / "held_out.jsonl"
+    return EarlierSet(name, sha256_file(path), path)
 
 
 def words(count: int, seed: int) -> str:
@@ -146,7 +140,7 @@ def test_train_is_kept_apart_from_what_earlier_versions_held_out(stage, tmp_path
     rows = some_rows(200)
     stage({"x.jsonl": rows}, split_salt="old")
     old = {row["id"] for row in stage.rows("held_out")}
-    earlier = Earlier("support version 3", stage.out / "held_out.jsonl")
+    earlier = earlier_set("support version 3", stage)
     facts = stage({"x.jsonl": rows}, split_salt="new", earlier=(earlier,))
     train, held_out = ({row["id"] for row in stage.rows(side)} for side in ("train", "held_out"))
     assert not train & old and facts.removed["exact"] == len(old - held_out) > 20
@@ -154,17 +148,20 @@ def test_train_is_kept_apart_from_what_earlier_versions_held_out(stage, tmp_path
     assert {example["against"] for example in examples} == {"support version 3"}
     assert all(example["held_out_start"] == example["start"] for example in examples)
     expected = stage.bytes()
+    damaged = replace(earlier, digest="0" * 64)
+    with pytest.raises(Unavailable, match="support version 3 is damaged"):
+        stage({"x.jsonl": rows}, split_salt="new", earlier=(damaged,))
     stage({"x.jsonl": rows}, split_salt="new")
     assert stage.bytes()[1] == expected[1] and stage.bytes()[0] != expected[0]
 
 
 def test_a_prompt_that_an_earlier_version_held_out_is_a_leak_however_often_it_stands_in_train(stage):
     rows = some_rows(60) + [{"prompt": "again and again", "completion": str(n)} for n in range(30)]
-    held = Frozen("one", frozenset([group_of([{"role": "user", "content": "again and again"}])]))
+    held = FrozenSet("one", frozenset([group_of([{"role": "user", "content": "again and again"}])]), "")
     stage({"x.jsonl": rows}, frozen=held)
-    earlier = Earlier("m version 1", stage.out / "held_out.jsonl")
-    other = Frozen(
-        "two", frozenset(group_of([{"role": "user", "content": row["prompt"]}]) for row in rows[:9])
+    earlier = earlier_set("m version 1", stage)
+    other = FrozenSet(
+        "two", frozenset(group_of([{"role": "user", "content": row["prompt"]}]) for row in rows[:9]), ""
     )
     facts = stage({"x.jsonl": rows}, frozen=other, earlier=(earlier,))
     assert facts.removed["exact"] + facts.removed["same_prompt"] == 30
@@ -173,12 +170,12 @@ def test_a_prompt_that_an_earlier_version_held_out_is_a_leak_however_often_it_st
 def test_a_frozen_set_alone_decides_what_is_held_out(stage):
     rows = some_rows(100, answers=2)
     groups = frozenset(group_of([{"role": "user", "content": row["prompt"]}]) for row in rows[:20])
-    facts = stage({"x.jsonl": rows}, frozen=Frozen("fixed", groups), held_out_fraction=0.5)
+    facts = stage({"x.jsonl": rows}, frozen=FrozenSet("fixed", groups, ""), held_out_fraction=0.5)
     assert {row["group"] for row in stage.rows("held_out")} == groups
     assert (facts.held_out_rows, facts.train_rows) == (20, 180)
     assert stage.report["held_out"] == {"rows": 20, "groups": 10, "set": "fixed"}
     with pytest.raises(Refused, match="none is held out"):
-        stage({"x.jsonl": rows[50:]}, frozen=Frozen("fixed", groups), held_out_set="fixed")
+        stage({"x.jsonl": rows[50:]}, frozen=FrozenSet("fixed", groups, ""), held_out_set="fixed")
 
 
 def test_when_nothing_is_left_to_train_on_the_causes_are_said(stage):

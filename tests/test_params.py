@@ -42,7 +42,10 @@ def test_everything_wrong_is_said_at_once_with_what_was_found(tmp_path):
         ("train.seed", "KEY=VALUE"),
         ("base.source=smolm2", "base.source: expected one of smollm2, hub, local, tiny"),
         ("train.epochs=2", "exactly one of max_steps and epochs"),
-        ("template.max_tokens=5000", "template: pack_tokens is 512 but max_tokens is 5000: rows are never split"),
+        (
+            "template.max_tokens=5000",
+            "template: pack_tokens is 512 but max_tokens is 5000: rows are never split",
+        ),
         ("evaluate.metrics=[bleu]", "which evaluate.metrics does not name"),
         ("train.learning_rate=.nan", "train.learning_rate"),
     ],

@@ -54,7 +54,9 @@ def test_a_damaged_memo_costs_tokenising_and_nothing_else(tmp_path, base, damage
     (path,) = files_of(project)
     data = path.read_bytes()
     if damage == "flip":
-        path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+        path.write_bytes(
+            data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+        )
     elif damage == "truncate":
         path.write_bytes(data[: len(data) // 2])
     elif damage == "empty":
@@ -84,9 +86,9 @@ def test_rows_of_which_only_the_memo_was_checked_before_are_checked_again(tmp_pa
     project = Project(tmp_path, sly)
     held_out = rows(1000)
     project.run([*rows(*range(1, 200)), ("zebra", odd)], held_out)
-    for project in (project, Project(tmp_path / "fresh", sly, memo=False)):
+    for each in (project, Project(tmp_path / "fresh", sly, memo=False)):
         with pytest.raises(Refused, match="zebra.*piece by piece"):
-            project.run([*rows(1, 2), ("zebra", odd)], held_out)
+            each.run([*rows(1, 2), ("zebra", odd)], held_out)
 
 
 def test_rows_in_many_small_files_or_long_out_of_use_are_put_together(tmp_path, base, monkeypatch):

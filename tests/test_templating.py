@@ -357,8 +357,7 @@ def splits_of(folder: Path, train, held_out) -> Splits:
     folder.mkdir()
     for name, side in (("train", train), ("held_out", held_out)):
         rows = sorted(
-            (group_id(group), row_id(name, number), messages)
-            for number, (group, messages) in enumerate(side)
+            (group_id(group), row_id(name, number), messages) for number, (group, messages) in enumerate(side)
         )
         lines = (
             json.dumps({"group": group, "id": id, "messages": messages}, ensure_ascii=False)
@@ -385,9 +384,7 @@ def asked(question: str, *answers: str) -> list[dict[str, str]]:
     ]
 
 
-def run_stage(
-    tmp_path, tiny, train, held_out, max_tokens=64, too_long="refuse", pack_tokens=None, memo=None
-):
+def run_stage(tmp_path, tiny, train, held_out, max_tokens=64, too_long="refuse", pack_tokens=None, memo=None):
     out, work = tmp_path / "out", tmp_path / "work"
     for folder in (out, work):
         folder.mkdir()
@@ -521,7 +518,9 @@ def test_a_template_that_looks_into_the_text_is_caught_by_the_stage(tmp_path, ti
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     train = [(f"g{number:03}", asked(f"Cow {number}?", "moo")) for number in range(100)]
     train[odd_row[0]] = (f"g{odd_row[0]:03}", odd_row[1])
-    with pytest.raises(Refused, match=f"chat {row_id('train', odd_row[0])} .*cannot be laid out piece by piece"):
+    with pytest.raises(
+        Refused, match=f"chat {row_id('train', odd_row[0])} .*cannot be laid out piece by piece"
+    ):
         run_stage(tmp_path, tiny.model_copy(update={"path": folder}), train, [("i", asked("Size?", "big"))])
 
 
