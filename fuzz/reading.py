@@ -6,13 +6,22 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fuzz import oracle
+from retuner import chats, json_rows, table_rows
 from retuner.chats import BadRow, Chat, blocks, format_of_file, read_block, read_chats
 from retuner.dataset import DataFile
 from retuner.errors import Refused
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
+SMALL_LIMITS: tuple[tuple[Any, str, int], ...] = (
+    *((module, "MAX_ROW_BYTES", 1000) for module in (json_rows, table_rows, chats)),
+    (chats, "MIN_BLOCK_BYTES", 64),
+    (chats, "MEAN_BLOCK_BYTES", 256),
+    (chats, "MAX_BLOCK_BYTES", 1024),
+)
+"""So that small files come to every limit."""
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,10 @@ def csv_rows(relpath: str, stream: BinaryIO, wanted: Wanted) -> Iterator[RawRow]
         problem = Problem(*TOO_LONG) if too_long else None
         fields: list[str] = []
         if not problem:
+            # Before anything else: where the quotes are astray, so is the place where the record was cut.
+            fields = _fields(f"{relpath}:{line}", raw.decode("utf-8", "surrogateescape"))
             try:
-                fields = _fields(f"{relpath}:{line}", strict_text(raw))
+                strict_text(raw)
             except Problem as found:
                 problem = found
         if header is None:
@@ -80,8 +82,7 @@ def _records(relpath: str, stream: BinaryIO) -> Iterator[tuple[int, bytes, bool]
             continue
         line += 1
         if quotes % 2 == 0:
-            if size > MAX_ROW_BYTES or record.strip(WHITE):
-                yield first, bytes(record), size > MAX_ROW_BYTES
+            yield from _record(relpath, first, record, size, quotes)
             first, quotes, size = line + 1, 0, 0
             record.clear()
     if quotes % 2:
@@ -90,8 +91,22 @@ def _records(relpath: str, stream: BinaryIO) -> Iterator[tuple[int, bytes, bool]
             QUOTING,
             "close it, or write the file anew with a CSV library",
         )
-    if size > MAX_ROW_BYTES or record.strip(WHITE):
-        yield first, bytes(record), size > MAX_ROW_BYTES
+    yield from _record(relpath, first, record, size, quotes)
+
+
+def _record(
+    relpath: str, line: int, record: bytearray, size: int, quotes: int
+) -> Iterator[tuple[int, bytes, bool]]:
+    too_long = size > MAX_ROW_BYTES
+    if too_long and quotes:
+        raise Refused(
+            f"{relpath}:{line} a row with quotes is longer than {MAX_ROW_BYTES:,} bytes, so that it cannot be told "
+            "whether it ends where it seems to",
+            "rows of fewer bytes",
+            "take it out, or shorten it",
+        )
+    if too_long or record.strip(WHITE):
+        yield line, bytes(record), too_long
 
 
 def _fields(where: str, text: str) -> list[str]:

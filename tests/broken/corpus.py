@@ -15,7 +15,7 @@ from typing import Any
 
 GOOD = b'{"question": "Who?", "answer": "Me."}'
 CHAT = b'{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}'
-SHARED_GPT = b'{"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}'
+SHAREGPT = b'{"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}'
 ALPACA = b'{"instruction": "i", "input": "", "output": "o"}'
 
 
@@ -131,10 +131,10 @@ TURNS = {
     "turn-twice-later": in_messages(
         chat(("system", "s"), ("user", "1"), ("assistant", "a"), *[("user", "2"), ("assistant", "b")] * 2)
     ),
-    "speaker-unknown": between(b'{"conversations": [{"from": "narrator", "value": "n"}]}', SHARED_GPT),
-    "speaker-missing": between(b'{"conversations": [{"role": "user", "content": "u"}]}', SHARED_GPT),
+    "speaker-unknown": between(b'{"conversations": [{"from": "narrator", "value": "n"}]}', SHAREGPT),
+    "speaker-missing": between(b'{"conversations": [{"role": "user", "content": "u"}]}', SHAREGPT),
     "speaker-twice": between(
-        b'{"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "u"}]}', SHARED_GPT
+        b'{"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "u"}]}', SHAREGPT
     ),
     "answer-is-a-number": between(b'{"question": "q", "answer": 42}'),
     "several-answers": between(b'{"question": "q", "answer": ["a", "b"]}'),
@@ -206,7 +206,9 @@ CSV = {
     "plain-text": b"text\nOnce upon a time\n",
     "turns-in-a-field": b"messages\n[]\n",
     "two-formats": b"question,answer,prompt,completion\nq,a,p,c\n",
-    "row-too-long": b'question,answer\n"' + b"a" * (5 * 2**20) + b'",a\nq,a\n',
+    "row-too-long": b"question,answer\n" + b"a" * (5 * 2**20) + b",a\nq,a\n",
+    "row-too-long-in-quotes": b'question,answer\n"' + b"a" * (5 * 2**20) + b'",a\nq,a\n',
+    "quotes-astray-behind-a-bad-byte": b'question,answer\nan 8" \xff\npipe" one,a\nq,a\n',
 }
 
 
