@@ -44,7 +44,7 @@ WORDS = (
 )
 CONTROL_WORDS = (
     *(b"<|end|>", b"<|user|>", b"<|assistant|>", b"<|system|>", b"<|endoftext|>", b"</s>", b"<s>", b"<unk>"),
-    *(b"<|placeholder1|>", b"<0x0A>", b"{{ x }}", b"{% if", b"\0", b"\n\n", b"  ", b"\t", b"\x1c", b"\x85"),
+    *(b"<|placeholder1|>", b"<0x0A>", b"{{ x }}", b"{% if", b"\0", b"\n\n", b"  ", b"\t", b"\x1c"),
     *(
         "\xa0",
         "\u3000",
