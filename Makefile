@@ -6,11 +6,12 @@
 PARAMS ?= params/quickstart.yaml
 CRON ?= 0 3 * * 1
 EXTRAS ?=
+MINUTES ?= 60
 
 bin := .venv/bin
 ready := .venv/.ready
 
-.PHONY: help setup run ui schedule test test-slow test-gpu lint format lock clean
+.PHONY: help setup run ui schedule test test-slow test-gpu fuzz lint format lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +19,7 @@ help:
 	@echo "make ui         MLflow and Prefect in the browser, on this machine only"
 	@echo "make schedule   retrain by $(PARAMS) whenever '$(CRON)' says so"
 	@echo "make test       what must hold, minutes; test-slow and test-gpu: what takes longer or a GPU"
+	@echo "make fuzz       the reader and templating against whatever a fuzzer thinks of, for MINUTES=$(MINUTES)"
 	@echo "make lint       style and types; format: put them right"
 	@echo "make lock       resolve the dependencies anew (needs uv)"
 	@echo "make clean      remove the set-up and caches; .retuner/ and data/ stay"
@@ -41,6 +43,9 @@ test-slow: $(ready)
 
 test-gpu: $(ready)
 	$(bin)/python -m pytest -m gpu
+
+fuzz: $(ready)
+	$(bin)/python -m fuzz -max_total_time=$$(( $(MINUTES) * 60 ))
 
 lint: $(ready)
 	$(bin)/ruff check .

@@ -8,6 +8,7 @@ rows aside one by one would only hide what it is; so is one behind whose damage 
 
 import hashlib
 import io
+import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,8 +33,12 @@ from retuner.json_rows import (
 from retuner.table_rows import csv_rows, parquet_rows
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
-MARKS = {b"\xef\xbb\xbf": ("UTF-8", "tail -c +4"), b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8")}
-MARKS[b"\xfe\xff"] = MARKS[b"\xff\xfe"]
+MARKS = (
+    (b"\xef\xbb\xbf", "UTF-8", "tail -c +4"),
+    (b"\xff\xfe\0\0", "UTF-32", "iconv -f UTF-32 -t UTF-8"),
+    (b"\xff\xfe", "UTF-16", "iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "UTF-16", "iconv -f UTF-16 -t UTF-8"),
+)
 OTHER_CONTENT = {
     MAGIC["gzip"]: ("gzip data", "rename it to end in .gz"),
     MAGIC["zstd"]: ("zstd data", "rename it to end in .zst"),
@@ -162,7 +167,12 @@ def _chats(
             line, column = row.line, None
             if problem.offset is not None:
                 line, column = advance((row.line, row.column), row.raw[: problem.offset])
-            start = row.raw[:SHOWN_BYTES].decode("utf-8", "backslashreplace").rstrip("\r\n")
+            raw = (
+                row.raw
+                if row.value is None
+                else json.dumps(row.value, ensure_ascii=False, default=str).encode()
+            )
+            start = raw[:SHOWN_BYTES].decode("utf-8", "backslashreplace").rstrip("\r\n")
             yield BadRow(file.relpath, line, column, problem.cause, problem.message, start)
         except Refused as kind:
             raise _placed(file, lines_before + row.line, kind) from None
@@ -238,7 +248,7 @@ def _check_head(file: DataFile, kind: str, codec: str | None) -> int:
         head = stream.read(CHUNK_BYTES)
     bare = head.lstrip(WHITE)
     first = bare[:1]
-    for mark, (encoding, do) in MARKS.items():
+    for mark, encoding, do in MARKS:
         if head.startswith(mark):
             raise Refused(
                 f"{file.relpath}:1:1 starts with the byte order mark of {encoding}",

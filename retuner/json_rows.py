@@ -195,8 +195,10 @@ def kind_of(value: Any) -> str:
         str: "text",
         list: "a list",
         dict: "an object",
+        bool: "true or false",
         float: "a number",
         int: "a number",
-        bool: "true or false",
     }
-    return names.get(type(value), "null" if value is None else f"of the type {type(value).__name__}")
+    if value is None:
+        return "null"
+    return names.get(type(value)) or f"of the type {getattr(value, 'type', type(value).__name__)}"

@@ -1,9 +1,9 @@
 """Rows out of tables: Parquet by batches, CSV record by record. A row is an object whose keys are the columns."""
 
 import csv
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +13,6 @@ from retuner.json_rows import (
     CHUNK_BYTES,
     MAX_DEPTH,
     MAX_ROW_BYTES,
-    SHOWN_BYTES,
     TOO_LONG,
     WHITE,
     Problem,
@@ -41,8 +40,10 @@ def csv_rows(relpath: str, stream: BinaryIO, wanted: Wanted) -> Iterator[RawRow]
         problem = Problem(*TOO_LONG) if too_long else None
         fields: list[str] = []
         if not problem:
+            # Before anything else: where the quotes are astray, so is the place where the record was cut.
+            fields = _fields(f"{relpath}:{line}", raw.decode("utf-8", "surrogateescape"))
             try:
-                fields = _fields(f"{relpath}:{line}", strict_text(raw))
+                strict_text(raw)
             except Problem as found:
                 problem = found
         if header is None:
@@ -81,8 +82,7 @@ def _records(relpath: str, stream: BinaryIO) -> Iterator[tuple[int, bytes, bool]
             continue
         line += 1
         if quotes % 2 == 0:
-            if size > MAX_ROW_BYTES or record.strip(WHITE):
-                yield first, bytes(record), size > MAX_ROW_BYTES
+            yield from _record(relpath, first, record, size, quotes)
             first, quotes, size = line + 1, 0, 0
             record.clear()
     if quotes % 2:
@@ -91,8 +91,22 @@ def _records(relpath: str, stream: BinaryIO) -> Iterator[tuple[int, bytes, bool]
             QUOTING,
             "close it, or write the file anew with a CSV library",
         )
-    if size > MAX_ROW_BYTES or record.strip(WHITE):
-        yield first, bytes(record), size > MAX_ROW_BYTES
+    yield from _record(relpath, first, record, size, quotes)
+
+
+def _record(
+    relpath: str, line: int, record: bytearray, size: int, quotes: int
+) -> Iterator[tuple[int, bytes, bool]]:
+    too_long = size > MAX_ROW_BYTES
+    if too_long and quotes:
+        raise Refused(
+            f"{relpath}:{line} a row with quotes is longer than {MAX_ROW_BYTES:,} bytes, so that it cannot be told "
+            "whether it ends where it seems to",
+            "rows of fewer bytes",
+            "take it out, or shorten it",
+        )
+    if too_long or record.strip(WHITE):
+        yield line, bytes(record), too_long
 
 
 def _fields(where: str, text: str) -> list[str]:
@@ -103,7 +117,7 @@ def _fields(where: str, text: str) -> list[str]:
         if len(records) == 1:
             return records[0]
     except csv.Error as error:
-        why = str(error)
+        why = "a line break stands outside of quotes" if "new-line" in str(error) else str(error)
     raise Refused(f"{where} the row is not CSV: {why}", QUOTING, "write the file anew with a CSV library")
 
 
@@ -150,10 +164,10 @@ def parquet_rows(relpath: str, path: Path, wanted: Wanted) -> Iterator[RawRow]:
     number = 0
     try:
         for batch in _batches(relpath, path, wanted):
-            names = batch.schema.names
-            for index in range(batch.num_rows):
+            columns = {name: _values(batch.column(name)) for name in batch.schema.names}
+            for at in range(batch.num_rows):
                 number += 1
-                yield _parquet_row(number, {name: batch.column(name)[index] for name in names})
+                yield _parquet_row(number, columns, at)
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         if getattr(error, "errno", None) is not None:  # the disk, and not what is on it
             raise
@@ -184,30 +198,91 @@ def _batches(relpath: str, path: Path, wanted: Wanted) -> Iterator[Any]:
         yield from file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
 
 
-def _parquet_row(number: int, scalars: dict[str, Any]) -> RawRow:
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Stands for a value of a type that no chat is made of."""
+
+    type: str
+
+
+class _TooLong(Exception):
+    """A row's texts take more than MAX_ROW_BYTES."""
+
+
+Budget = list[int]
+"""One number: the bytes that a row's texts may still take."""
+
+
+def _parquet_row(number: int, columns: dict[str, Callable[[int, Budget], Any]], at: int) -> RawRow:
+    left = [MAX_ROW_BYTES]
     try:
-        row = {name: scalar.as_py() for name, scalar in scalars.items()}
+        row = {name: value_at(at, left) for name, value_at in columns.items()}
+    except _TooLong:
+        return RawRow(number, 1, b"", Problem(*TOO_LONG))
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        return RawRow(
-            number, 1, b"", Problem("bad_utf8", f"a text holds the byte 0x{byte:02x}, which is not UTF-8")
+        return RawRow(number, 1, b"", Problem("bad_utf8", f"a text holds 0x{byte:02x}, which is not UTF-8"))
+    return RawRow(number, 1, b"", None, row)
+
+
+def _values(array: Any) -> Callable[[int, Budget], Any]:
+    """Gives a value of an Arrow array in Python's types.
+
+    Each text is measured before it is copied: of a text that a few bytes repeat, as_py() would make every copy.
+    """
+    import numpy
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_dictionary(array.type):
+        indices, text_at = array.indices.to_pylist(), _values(array.dictionary)
+        return lambda at, left: None if indices[at] is None else text_at(indices[at], left)
+    if types.is_string(array.type) or types.is_large_string(array.type):
+        # Where the texts begin, as they lie in memory: a dictionary may hold far more texts than this batch has rows.
+        width = numpy.int32 if types.is_string(array.type) else numpy.int64
+        begins = numpy.frombuffer(array.buffers()[1] or b"", width)[array.offset :]
+        missing = array.is_null().to_pylist() if array.null_count else None
+
+        def text(at: int, left: Budget) -> str | None:
+            if missing and missing[at]:
+                return None
+            _spend(left, int(begins[at + 1] - begins[at]))
+            return array[at].as_py()
+
+        return text
+    if types.is_struct(array.type):
+        there = array.is_valid().to_pylist()
+        fields = {
+            field.name: _values(inner) for field, inner in zip(array.type, array.flatten(), strict=True)
+        }
+        return lambda at, left: (
+            {name: value(at, left) for name, value in fields.items()} if there[at] else None
         )
-    except ValueError as error:
-        return RawRow(number, 1, b"", Problem("bad_value", " ".join(str(error).split())))
-    if _text_bytes(row) > MAX_ROW_BYTES:
-        return RawRow(number, 1, b"", Problem(*TOO_LONG))
-    return RawRow(
-        number, 1, json.dumps(row, ensure_ascii=False, default=str)[:SHOWN_BYTES].encode(), None, row
-    )
+    if types.is_list(array.type) or types.is_large_list(array.type):
+        there, offsets, value_at = (
+            array.is_valid().to_pylist(),
+            array.offsets.to_pylist(),
+            _values(array.values),
+        )
+
+        def listed(at: int, left: Budget) -> list[Any] | None:
+            if not there[at]:
+                return None
+            _spend(left, offsets[at + 1] - offsets[at])
+            return [value_at(inner, left) for inner in range(offsets[at], offsets[at + 1])]
+
+        return listed
+    if types.is_primitive(array.type) or isinstance(array, pyarrow.NullArray):
+        plain = array.to_pylist()
+        return lambda at, left: plain[at]
+    unread = Unread(str(array.type))
+    return lambda at, left: unread
 
 
-def _text_bytes(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value.encode("utf-8", "surrogatepass"))
-    inner: Iterable[Any] = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    )
-    return sum(map(_text_bytes, inner))
+def _spend(left: Budget, size: int) -> None:
+    left[0] -= size
+    if left[0] < 0:
+        raise _TooLong
 
 
 def _check_columns(where: str, names: list[str], wanted: Wanted) -> None:
