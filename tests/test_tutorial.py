@@ -1,6 +1,7 @@
 """The tutorial's dictionaries, as they are: what each name becomes, what is refused, and that the result runs."""
 
 import json
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_each_value_of_the_shipped_file_names_the_line_it_came_from():
 
 
 def test_the_dictionaries_run_through_the_whole_pipeline_to_a_registered_version(tmp_path, monkeypatch):
-    write_chats(tmp_path / "data", chats(48))
+    write_chats(tmp_path / "data", chats(24))
     add_to_dvc(tmp_path)
     shutil.copy(SHIPPED, tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
@@ -160,6 +161,15 @@ def test_names_that_have_gone_from_the_libraries_are_taken_and_said():
     translation = translate(read(NOTEBOOK))
     for name in ("evaluation_strategy", "warmup_ratio", "max_seq_length", "torch_dtype", "load_metric"):
         assert GONE[name] in row(translation, name).why
+
+
+def test_what_would_be_decided_where_it_runs_is_decided_in_the_file(tmp_path):
+    translation = translate(read(NOTEBOOK))
+    for name in ("bf16", "fp16", "torch_dtype", "attn_implementation"):
+        found = row(translation, name)
+        assert found.verdict == "changed" and "decided where it runs" in found.why
+    run = loaded(translation, tmp_path)
+    assert (run.train.precision, run.train.attention) == ("bfloat16", "flash_attention_2")
 
 
 def test_a_seeded_split_keeps_its_share_and_salts_the_hash(tmp_path):
@@ -457,3 +467,10 @@ def test_the_names_that_are_said_to_be_gone_are_gone():
     )
     assert not (set(GONE) & taken)
     assert not hasattr(datasets, "load_metric")
+
+
+def test_the_page_names_tests_that_are_there():
+    named = set(re.findall(r"(test_\w+\.py)::(test_\w+)", (ROOT / "docs" / "tutorial.md").read_text()))
+    files = {name: (HERE / name).read_text() for name, _ in named if (HERE / name).exists()}
+    missing = {(name, test) for name, test in named if name in files and f"def {test}(" not in files[name]}
+    assert len(named) > 30 and not missing
