@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from retuner.errors import Refused
 from retuner.params import Params
 from retuner.tutorial_rules import Entry, Rule, Verdict, refuse
-from retuner.tutorial_source import WHOLE_FILE, Setting, Source
+from retuner.tutorial_source import WHOLE_FILE, Source
 from retuner.tutorial_table import (
     GONE,
     MAX_TOKENS,
@@ -28,7 +28,7 @@ from retuner.tutorial_table import (
     THEIR_DEFAULTS,
     WARMUP_STEPS,
 )
-from retuner.tutorial_values import Unknown
+from retuner.tutorial_values import Setting, Unknown
 from retuner.tutorial_yaml import Line, Sheet, spelled
 
 TEMPLATE = Path(__file__).parents[1] / "params" / "phi3_mini_lora.yaml"
@@ -86,7 +86,7 @@ class Translation:
 def translate(source: Source, commit: str | None = None) -> Translation:
     """Every setting's row, and the params file that results. `commit` pins a base that the file leaves unpinned.
 
-    Errors: Refused when the base stays unpinned: no other one can be put in its place.
+    Errors: Refused when values that are each possible do not fit together.
     """
     sheet = Sheet(TEMPLATE.read_text(encoding="utf-8"))
     book = _Book(sheet)
@@ -223,14 +223,12 @@ class _Book:
         repo = self.values.get("base.repo")
         if not isinstance(repo, str) or "base.commit" in self.values:
             return
-        if not (known := commit or PINNED.get(repo)):
-            raise Refused(
-                f"{self.rows[self.said_by['base.repo']].place}: {repo} without a commit",
-                "a revision of 40 hex digits: a branch could change under you",
-                "retuner params from-tutorial ... --commit HASH",
-            )
-        self.values["base.commit"] = known
-        self.notes["base.commit"] = "pinned: a branch could change under you"
+        if known := commit or PINNED.get(repo):
+            self.values["base.commit"] = known
+            self.notes["base.commit"] = "pinned: a branch could change under you"
+        else:
+            do = f"--commit HASH; left out, the base is that of params/{TEMPLATE.name}"
+            self._take_back("base.repo", "refused", "without a commit its files could change under you", do)
 
     def refuse_what_params_refuse(self) -> None:
         """Values that the params file may not have go back to their rows, and the library's default stands in."""
@@ -270,6 +268,9 @@ def _decide(setting: Setting) -> tuple[Rule, Any, bool]:
     for value in setting.value.options:
         if not isinstance(value, Unknown) and (rule := _first(entry.rules, value)).verdict != "refused":
             return rule, value, True
+    for rule in entry.rules:
+        if rule.any_value:
+            return rule, None, False
     return refuse("only running the file would tell what it comes to", "write the value"), None, False
 
 

@@ -1,5 +1,6 @@
 """How a row of the tutorial's table is written: a verdict, the setting it goes to, and for which values."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,6 +52,10 @@ def positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
+def names_a_repository(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value) is not None
+
+
 def keep(to: str, **more: Any) -> Rule:
     return Rule("kept", to=to, **more)
 
@@ -71,6 +76,11 @@ def refuse(why: str, do: str = "leave it out", **more: Any) -> Rule:
 
 def only_off(why: str, do: str = "leave it out") -> tuple[Rule, ...]:
     return already("not used, here neither", off), refuse(why, do)
+
+
+def only_off_whatever(why: str, do: str = "leave it out") -> tuple[Rule, ...]:
+    """For what is code: its value need not be known."""
+    return already("not used, here neither", off), refuse(why, do, any_value=True)
 
 
 def row(groups: str, names: str, *rules: Rule | tuple[Rule, ...]) -> Entry:

@@ -1,46 +1,21 @@
-"""What a fine-tuning script, notebook or settings file asks for, read without running any of it.
-
-A script is parsed, never executed: literals, names that hold them, `torch.bfloat16` and its like, and the calls that
-take settings (`LoraConfig(...)`, `TrainingArguments(**training_config)`, ...). What only running it would tell is
-handed on as `Unknown`, so that nothing is guessed and nothing is lost.
-"""
+"""What a fine-tuning script, notebook or settings file asks for, read without running any of it."""
 
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from retuner.errors import Refused
-from retuner.tutorial_values import (
-    CALLS,
-    GROUP_OF_NAME,
-    POSITIONAL,
-    WIRING,
-    Placed,
-    Unknown,
-    last_name,
-    value_of,
-)
+from retuner.tutorial_script import Script
+from retuner.tutorial_values import GROUP_OF_NAME, Setting
 
 SHAPES = "a Python file, a notebook, or a JSON or YAML file with a training_config and a peft_config"
-TRAINERS = {"SFTTrainer", "Trainer"}
 WHOLE_FILE = "file"
 """Group of a key that stands at the top of a settings file, under no name of a group."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One thing that a file asks for: `group` is what it was given to (training, peft, model, trainer, ...)."""
-
-    group: str
-    key: str
-    value: Any
-    place: str
-    again: str | None = None
-    """Where the same file sets it again, and so decides."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +37,15 @@ def read(path: Path) -> Source:
     try:
         match path.suffix:
             case ".py":
-                script = _Script("line {}")
+                script = Script("line {}")
                 script.visit(_parsed(text, str(path)))
                 found, classes = script.settings(), script.classes
             case ".ipynb":
                 found, classes = _notebook(text, str(path))
-            case ".json" | ".yaml" | ".yml":
-                found, classes = list(_mapping(text, str(path))), set()
+            case ".json":
+                found, classes = list(_json(text, str(path))), set()
+            case ".yaml" | ".yml":
+                found, classes = list(_yaml(text, str(path))), set()
             case _:
                 raise Refused(
                     f"{path} is no {path.suffix or 'file without a suffix'} that is read here", SHAPES
@@ -105,7 +82,7 @@ def _notebook(text: str, name: str) -> tuple[list[Setting], set[str]]:
         raise Refused(
             f"{name} is no notebook", "JSON with a list of cells", "save it again in Jupyter"
         ) from None
-    script, unread = _Script(""), []
+    script, unread = Script(""), []
     for number, source in sources:
         if source.lstrip().startswith("%%"):
             continue  # another language, such as %%bash
@@ -119,26 +96,60 @@ def _notebook(text: str, name: str) -> tuple[list[Setting], set[str]]:
     return script.settings() + unread, script.classes
 
 
-def _mapping(text: str, name: str) -> Iterator[Setting]:
-    """JSON is YAML, but for tabs between its tokens."""
+def _yaml(text: str, name: str) -> Iterator[Setting]:
     from ruamel.yaml import YAML, YAMLError
 
     try:
-        data: Any = YAML(pure=True).load(text.replace("\t", " "))
+        data: Any = YAML(pure=True).load(text)
     except YAMLError as error:
         raise Refused(f"{name} is not YAML: {' '.join(str(error).split())}", SHAPES) from None
+
+    def place(part: Any, key: Any) -> str:
+        return f"line {part.lc.key(key)[0] + 1}"
+
+    return _grouped(data, name, place)
+
+
+def _json(text: str, name: str) -> Iterator[Setting]:
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+            raise ValueError(f"it says {twice[0]} twice")
+        return dict(pairs)
+
+    def no_number(spelled: str) -> None:
+        raise ValueError(f"{spelled} is no number")
+
+    try:
+        data = json.loads(text, object_pairs_hook=mapping, parse_constant=no_number)
+    except ValueError as error:
+        raise Refused(f"{name} is not JSON: {error}", SHAPES) from None
+
+    def place(part: dict[str, Any], key: str) -> str:
+        """The line of the key, looked for behind the name of the group that holds it."""
+        begin = 0
+        for group, held in data.items():
+            if held is part:
+                begin = at(group, 0)
+        return f"line {text.count(chr(10), 0, at(key, begin)) + 1}"
+
+    def at(key: str, begin: int) -> int:
+        spellings = "|".join(re.escape(json.dumps(key, ensure_ascii=ascii)) for ascii in (True, False))
+        found = re.compile(rf"(?:{spellings})\s*:").search(text, begin)
+        return found.start() if found else begin
+
+    return _grouped(data, name, place)
+
+
+def _grouped(data: Any, name: str, place: Callable[[Any, Any], str]) -> Iterator[Setting]:
+    """The settings of each dictionary with a name that is known, and those at the top."""
     if not isinstance(data, dict):
         raise Refused(f"{name} holds {type(data).__name__}", SHAPES)
-
-    def setting(group: str, part: Any, key: Any) -> Setting:
-        return Setting(group, str(key), _plain(part[key]), f"line {part.lc.key(key)[0] + 1}")
-
-    for name_there, held in data.items():
-        group = GROUP_OF_NAME.get(str(name_there).lower())
+    for key, held in data.items():
+        group = GROUP_OF_NAME.get(str(key).lower())
         if group and isinstance(held, dict):
-            yield from (setting(group, held, key) for key in held)
+            yield from (Setting(group, str(inner), _plain(held[inner]), place(held, inner)) for inner in held)
         else:
-            yield setting(WHOLE_FILE, data, name_there)
+            yield Setting(WHOLE_FILE, str(key), _plain(held), place(data, key))
 
 
 def _plain(value: Any) -> Any:
@@ -164,222 +175,3 @@ def _together(settings: list[Setting]) -> Iterator[Setting]:
         elif setting.place not in before.place.split("; "):
             merged[key] = replace(before, place=f"{before.place}; {setting.place}")
     yield from merged.values()
-
-
-class _Script(ast.NodeVisitor):
-    """Walks a script in its order and keeps what each name holds. `place` has a `{}` for the line."""
-
-    def __init__(self, place: str):
-        self.place = place
-        self.classes: set[str] = set()
-        self._names: dict[str, Any] = {}
-        self._found: list[Setting] = []
-        self._dicts: dict[str, tuple[str, Placed]] = {}
-        """Dictionaries of settings that no call has taken yet, by name, with their group."""
-        self._trainer_made = False
-
-    def settings(self) -> list[Setting]:
-        """In the file's order; a dictionary that is only defined counts as one that is used."""
-        for group, held in self._dicts.values():
-            self._take(group, held)
-        return self._found
-
-    # Names
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        self.generic_visit(node)
-        for target in node.targets:
-            self._bind(target, node.value)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        self.generic_visit(node)
-        if node.value is not None:
-            self._bind(node.target, node.value)
-
-    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
-        self.generic_visit(node)
-        self._bind(node.target, node.value)
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        self.generic_visit(node)
-        self._forget(node.target)
-
-    def visit_For(self, node: ast.For) -> None:
-        self._forget(node.target)
-        self.generic_visit(node)
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        outside = dict(self._names)
-        for argument in (*node.args.args, *node.args.kwonlyargs):
-            self._names[argument.arg] = Unknown(argument.arg)
-        self.generic_visit(node)
-        self._names = outside
-
-    def visit_If(self, node: ast.If) -> None:
-        """What a branch assigns is one of two values, unless both agree."""
-        self.visit(node.test)
-        if ast.unparse(node.test).startswith("__name__"):
-            for statement in node.body:
-                self.visit(statement)
-            return
-        before = dict(self._names)
-        for statement in node.body:
-            self.visit(statement)
-        taken, self._names = self._names, dict(before)
-        for statement in node.orelse:
-            self.visit(statement)
-        for name in taken.keys() | self._names.keys():
-            values = [side[name] for side in (taken, self._names) if name in side]
-            if len(values) == 1 or values[0] != values[1]:
-                options = [o for v in values for o in (v.options if isinstance(v, Unknown) else (v,))]
-                self._names[name] = Unknown(name, tuple(options))
-
-    def _bind(self, target: ast.expr, value: ast.expr) -> None:
-        match target:
-            case ast.Tuple(elts=names) | ast.List(elts=names):
-                values = value.elts if isinstance(value, ast.Tuple | ast.List) else []
-                for index, name in enumerate(names):
-                    if len(values) == len(names):
-                        self._bind(name, values[index])
-                    else:
-                        self._forget(name)
-            case ast.Subscript(value=holder, slice=ast.Constant(value=str(key))):
-                self._put(last_name(holder), key, value)
-            case ast.Attribute(value=holder, attr=key) if group := self._group_of(holder):
-                self._say(group, key, value_of(value, self._names), value, decides=True)
-            case ast.Name() | ast.Attribute(value=ast.Name(id="self")):
-                held = value_of(value, self._names, self._at)
-                self._names[last_name(target)] = held
-                if isinstance(held, Placed) and (group := GROUP_OF_NAME.get(last_name(target).lower())):
-                    self._dicts[last_name(target)] = (group, held)
-
-    def _forget(self, target: ast.expr) -> None:
-        for node in ast.walk(target):
-            if isinstance(node, ast.Name | ast.Attribute):
-                self._names[last_name(node)] = Unknown(last_name(node))
-
-    def _group_of(self, holder: ast.expr) -> str | None:
-        """The group of `holder.key = value`: a configuration that was made, a tokenizer, a model's config."""
-        name = last_name(holder)
-        made = self._names.get(name)
-        if isinstance(made, Unknown) and made.text in CALLS:
-            return CALLS[made.text]
-        if isinstance(holder, ast.Attribute) and holder.attr in ("config", "generation_config"):
-            return "model" if holder.attr == "config" else "generation"
-        return "tokenizer" if name == "tokenizer" else None
-
-    def _put(self, name: str, key: str, value: ast.expr) -> None:
-        held = self._names.get(name)
-        if isinstance(held, Placed):
-            held[key] = value_of(value, self._names)
-            held.places[key] = self._at(value)
-
-    # Calls
-
-    def visit_Call(self, node: ast.Call) -> None:
-        name = ast.unparse(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else ""
-        match node.func:
-            case ast.Attribute(value=holder, attr="update") if last_name(holder) in self._dicts:
-                given = value_of(node.args[0], self._names, self._at) if node.args else None
-                if isinstance(given, Placed):
-                    held = self._names[last_name(holder)]
-                    held.update(given)
-                    held.places |= given.places
-                elif node.args:
-                    self._say("code", "settings_changed", ast.unparse(node), node)
-                for keyword in node.keywords:
-                    if keyword.arg:
-                        self._put(last_name(holder), keyword.arg, keyword.value)
-            case ast.Attribute(value=holder, attr="pop" | "setdefault") if last_name(holder) in self._dicts:
-                self._say("code", "settings_changed", ast.unparse(node), node)
-        ends = [end for end in CALLS if name == end or name.endswith(f".{end}")]
-        if ends:
-            self._call(max(ends, key=len), node)
-        self.generic_visit(node)
-
-    def _call(self, name: str, node: ast.Call) -> None:
-        group = CALLS[name]
-        if group == "code":
-            self._say("code", name, "called", node)
-            return
-        if name == "AutoModelForCausalLM.from_pretrained" and self._trainer_made:
-            group = "answering"  # what was trained is loaded to be used
-        self.classes.add(name)
-        for key, value in zip(POSITIONAL.get(name, ()), node.args):
-            self._say(group, key, value_of(value, self._names), value)
-        for keyword in node.keywords:
-            if keyword.arg is None:
-                self._spread(group, keyword.value)
-            else:
-                self._keyword(group, keyword.arg, keyword.value)
-        if name == "train_test_split" and not any(k.arg in ("seed", "random_state") for k in node.keywords):
-            self._say("code", "unseeded_split", ast.unparse(node), node)
-        if name in TRAINERS:
-            self._trainer_made = True
-            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            if "eval_dataset" in given and given["eval_dataset"] == given.get("train_dataset"):
-                self._say("code", "eval_on_training_rows", given["eval_dataset"], node)
-
-    def _keyword(self, group: str, key: str, node: ast.expr) -> None:
-        value = value_of(node, self._names)
-        made = isinstance(value, Unknown) and value.text in CALLS
-        if key not in WIRING.get(group, ()) and not made:
-            self._say(group, key, value, node)
-
-    def _spread(self, group: str, given: ast.expr) -> None:
-        """`**training_config`."""
-        held = value_of(given, self._names, self._at)
-        if isinstance(held, Placed):
-            self._dicts.pop(last_name(given), None)
-            self._take(group, held)
-        else:
-            self._say(group, f"**{ast.unparse(given)}", Unknown(ast.unparse(given)), given)
-
-    def _take(self, group: str, held: Placed) -> None:
-        for key, value in held.items():
-            if key not in WIRING.get(group, ()):
-                self._found.append(Setting(group, key, value, held.places[key]))
-
-    def _say(self, group: str, key: str, value: Any, node: ast.AST, decides: bool = False) -> None:
-        if decides:
-            self._found = [
-                replace(old, again=self._at(node)) if (old.group, old.key) == (group, key) else old
-                for old in self._found
-            ]
-        self._found.append(Setting(group, key, value, self._at(node)))
-
-    def _at(self, node: ast.AST) -> str:
-        return self.place.format(getattr(node, "lineno", "?"))
-
-    # Texts that go wrong
-
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        self._texts([part.value if isinstance(part, ast.FormattedValue) else part for part in node.values])
-        self.generic_visit(node)
-
-    def visit_BinOp(self, node: ast.BinOp) -> None:
-        if isinstance(node.op, ast.Add):
-            self._texts([node.left, node.right])
-        self.generic_visit(node)
-
-    def _texts(self, parts: list[ast.expr]) -> None:
-        """Pieces that a text is put together from."""
-        for before, part in zip([None, *parts], parts):
-            inner = part
-            if isinstance(part, ast.Call) and last_name(part.func) == "str" and part.args:
-                inner = part.args[0]
-            if "eos_token_id" in _meaning(inner, self._names) or _literal(part).strip() == "32000":
-                self._say("code", "eos_as_text", ast.unparse(part), part)
-            if before is not None and "Input:" in _literal(before) and not _literal(part):
-                self._say("code", "input_without_input", _literal(before), part)
-
-
-def _meaning(node: ast.expr, names: dict[str, Any]) -> str:
-    if isinstance(node, ast.Name):
-        held = names.get(node.id)
-        return held.text if isinstance(held, Unknown) else ""
-    return node.attr if isinstance(node, ast.Attribute) else ""
-
-
-def _literal(node: ast.expr) -> str:
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""

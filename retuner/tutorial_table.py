@@ -16,11 +16,13 @@ from retuner.tutorial_rules import (
     instead,
     is_llama,
     keep,
+    names_a_repository,
     of_phi3,
     off,
     on,
     one_of,
     only_off,
+    only_off_whatever,
     plain_dtype,
     positive,
     refuse,
@@ -144,7 +146,9 @@ TABLE: tuple[Entry, ...] = (
     row("model tokenizer data training answering", "token hub_token use_auth_token",
          Rule("changed", "credentials come from the environment (HF_TOKEN), never from a file", any_value=True)),
     row("model", "pretrained_model_name_or_path model_name_or_path model_id base_model_name_or_path "
-         "checkpoint_path model_name", keep("base.repo")),
+         "checkpoint_path model_name", keep("base.repo", only=names_a_repository),
+         refuse("no name of a hub's repository", "write base: {source: local, path: ...} into the params file "
+                "where it is a folder")),
     row("model", "revision model_revision", keep("base.commit")),
     row("model", "quantization_config", only_off(f"{NO_SETTING}: the base is trained on in train.precision")),
     row("model quantization", "load_in_4bit", already("not used, here neither", off),
@@ -180,7 +184,7 @@ TABLE: tuple[Entry, ...] = (
          Rule("changed", "loss is on the assistant's text and the token that ends its turn, never on the prompt",
               only=lambda v: not v)),
     row("training", "loss_type", already("always so", one_of("nll")), refuse(f"{NO_SETTING}: it is nll")),
-    row("trainer", "formatting_func", only_off("a prompt format of one's own is one that serving would not use",
+    row("trainer", "formatting_func", only_off_whatever("a prompt format of one's own, that serving would not use",
          "leave it out: give chats as messages, and the base's own template lays them out")),
     row("trainer", "tokenizer processing_class", instead("the base's own tokenizer")),
     row("tokenizer", "pad_token pad_token_id padding_side padding", instead(
@@ -204,9 +208,9 @@ TABLE: tuple[Entry, ...] = (
     row("training", "load_best_model_at_end", only_off("the adapter of the last step is what is scored",
          "leave it out; lower train.epochs if the held-out loss rises again")),
     row("training", "metric_for_best_model greater_is_better", only_off("the gate decides, by register.gate")),
-    row("trainer", "compute_metrics preprocess_logits_for_metrics compute_loss_func", only_off(
+    row("trainer", "compute_metrics preprocess_logits_for_metrics compute_loss_func", only_off_whatever(
          "code cannot be translated", "leave it out; evaluate.metrics names what is measured")),
-    row("trainer", "callbacks optimizers optimizer_cls_and_kwargs", only_off("code cannot be translated")),
+    row("trainer", "callbacks optimizers optimizer_cls_and_kwargs", only_off_whatever("code cannot be translated")),
     row("early_stopping", "early_stopping_patience early_stopping_threshold", refuse(
          "held-out loss is measured at the end", "leave it out; lower train.epochs if it rises again")),
     row("generation", "max_new_tokens", keep("evaluate.max_new_tokens")),
@@ -275,7 +279,7 @@ TABLE: tuple[Entry, ...] = (
          keep("train.lora.init", only=one_of("pissa", "olora")), refuse(f"{NO_SETTING}, or none that is safe")),
     row("peft", "inference_mode auto_mapping peft_version runtime_config megatron_core qalora_group_size",
          instead("PEFT's own bookkeeping")),
-    row("peft", "base_model_name_or_path", keep("base.repo", weak=True, only=lambda v: isinstance(v, str)),
+    row("peft", "base_model_name_or_path", keep("base.repo", weak=True, only=names_a_repository),
          already("the model decides", off)),
     row("peft", "revision", keep("base.commit", weak=True, only=lambda v: isinstance(v, str)),
          already("the model decides", off)),

@@ -111,6 +111,18 @@ class Unknown:
         return self.text
 
 
+@dataclass(frozen=True)
+class Setting:
+    """One thing that a file asks for: `group` is what it was given to (training, peft, model, trainer, ...)."""
+
+    group: str
+    key: str
+    value: Any
+    place: str
+    again: str | None = None
+    """Where the same file sets it again, and so decides."""
+
+
 class Placed(dict[str, Any]):
     """A dictionary that knows at which place each of its keys was said."""
 

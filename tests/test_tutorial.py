@@ -1,6 +1,7 @@
 """The tutorial's dictionaries, as they are: what each name becomes, what is refused, and that the result runs."""
 
 import json
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_each_value_of_the_shipped_file_names_the_line_it_came_from():
 
 
 def test_the_dictionaries_run_through_the_whole_pipeline_to_a_registered_version(tmp_path, monkeypatch):
-    write_chats(tmp_path / "data", chats(48))
+    write_chats(tmp_path / "data", chats(24))
     add_to_dvc(tmp_path)
     shutil.copy(SHIPPED, tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
@@ -160,6 +161,15 @@ def test_names_that_have_gone_from_the_libraries_are_taken_and_said():
     translation = translate(read(NOTEBOOK))
     for name in ("evaluation_strategy", "warmup_ratio", "max_seq_length", "torch_dtype", "load_metric"):
         assert GONE[name] in row(translation, name).why
+
+
+def test_what_would_be_decided_where_it_runs_is_decided_in_the_file(tmp_path):
+    translation = translate(read(NOTEBOOK))
+    for name in ("bf16", "fp16", "torch_dtype", "attn_implementation"):
+        found = row(translation, name)
+        assert found.verdict == "changed" and "decided where it runs" in found.why
+    run = loaded(translation, tmp_path)
+    assert (run.train.precision, run.train.attention) == ("bfloat16", "flash_attention_2")
 
 
 def test_a_seeded_split_keeps_its_share_and_salts_the_hash(tmp_path):
@@ -248,6 +258,21 @@ def test_a_name_and_its_value_have_one_verdict(tmp_path, text, name, verdict, be
     assert bool(found.do) == (verdict == "refused")
     assert verdict == "kept" or found.why
     loaded(translation, tmp_path)
+
+
+def test_code_that_is_handed_over_is_refused_as_code(tmp_path):
+    found = row(translated(tmp_path, "SFTTrainer(model, formatting_func=lay_out, seed=1)"), "formatting_func")
+    assert found.verdict == "refused" and "prompt format of one's own" in found.why
+
+
+def test_a_line_of_json_is_that_of_the_key_in_its_group(tmp_path):
+    text = '{\n"peft_config": {\n"r": 8,\n"revision": null},\n"model_kwargs": {\n"revision": "revision"}}'
+    places = [(r.group, r.key, r.place) for r in translated(tmp_path, text, "a.json").rows]
+    assert places == [
+        ("peft", "r", "line 3"),
+        ("peft", "revision", "line 4"),
+        ("model", "revision", "line 6"),
+    ]
 
 
 def test_max_steps_decide_over_epochs_as_theirs_do(tmp_path):
@@ -349,7 +374,11 @@ def test_json_yaml_and_python_say_the_same(tmp_path):
         ("a.py", "x = " + "(" * 300 + ")" * 300, "not Python"),
         ("a.py", "x = " + "-" * 5000 + "1", "too deep"),
         ("a.ipynb", "{}", "is no notebook"),
-        ("a.json", "[1]", "holds CommentedSeq"),
+        ("a.json", "[1]", "holds list"),
+        ("a.json", '{"seed": 1, "seed": 2}', "says seed twice"),
+        ("a.json", '{"seed": NaN}', "NaN is no number"),
+        ("a.yaml", "seed: 1\nseed: 2", "is not YAML"),
+        ("a.yaml", "- 1", "holds CommentedSeq"),
         ("a.yaml", "a: [", "is not YAML"),
         ("a.toml", "a = 1", "is no .toml that is read here"),
     ],
@@ -361,10 +390,16 @@ def test_a_file_of_another_kind_is_refused_in_a_line(tmp_path, name, text, said)
 
 def test_a_base_without_a_known_commit_is_refused_until_one_is_given(tmp_path):
     (tmp_path / "a.yaml").write_text("model_name_or_path: somebody/phi\nlearning_rate: 1e-4\n")
-    with pytest.raises(Refused, match="without a commit"):
-        translate(read(tmp_path / "a.yaml"))
+    (refused,) = translate(read(tmp_path / "a.yaml")).refused
+    assert refused.key == "model_name_or_path" and "--commit HASH" in refused.do
     run = loaded(translate(read(tmp_path / "a.yaml"), commit="a" * 40), tmp_path)
     assert (run.base.repo, run.base.commit) == ("somebody/phi", "a" * 40)
+
+
+@pytest.mark.parametrize("place", ["./phi", "/models/phi", "Model_Name", ""])
+def test_a_folder_is_no_repository(tmp_path, place):
+    text = f"AutoModelForCausalLM.from_pretrained({place!r})"
+    assert "source: local" in row(translated(tmp_path, text), "pretrained_model_name_or_path").do
 
 
 def test_a_credential_is_not_shown(tmp_path):
@@ -396,7 +431,7 @@ def test_whatever_the_values_every_name_has_a_row_and_what_is_left_describes_a_r
     try:
         translation = translate(source)
     except Refused as refused:
-        assert "without a commit" in str(refused) or "do not fit together" in str(refused)
+        assert "do not fit together" in str(refused)
         return
     assert [row.key for row in translation.rows] == [setting.key for setting in source.settings]
     loaded(translation, folder)
@@ -457,3 +492,10 @@ def test_the_names_that_are_said_to_be_gone_are_gone():
     )
     assert not (set(GONE) & taken)
     assert not hasattr(datasets, "load_metric")
+
+
+def test_the_page_names_tests_that_are_there():
+    named = set(re.findall(r"(test_\w+\.py)::(test_\w+)", (ROOT / "docs" / "tutorial.md").read_text()))
+    files = {name: (HERE / name).read_text() for name, _ in named if (HERE / name).exists()}
+    missing = {(name, test) for name, test in named if name in files and f"def {test}(" not in files[name]}
+    assert len(named) > 30 and not missing
