@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from dvc.repo import Repo
 from projects import make_project, retrain, states
 
+from flows.receipts import answer_from_receipt, keep_receipt
 from flows.replay import replay
 from retuner import registry, registry_reads
 from retuner.errors import Refused
@@ -35,9 +37,13 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
+def fingerprints(context):
+    return {record.name: record.fingerprint for record in context.records}
+
+
 def result(context, stage):
     """The folder and manifest of a stage's result."""
-    (name,) = (record.fingerprint for record in context.records if record.name == stage)
+    name = fingerprints(context)[stage]
     return context.store.folder(name), context.store.manifest(name)
 
 
@@ -65,10 +71,15 @@ def test_a_warm_start_begins_as_production_and_its_own_promotion_changes_nothing
     assert registry_reads.read_alias(first.runtime, "smoke", "production") == 1
     assert set(states(retrain(ON, home=home)).values()) == {"cached"}
 
+    keep_receipt(Path("params.yaml"), ON, first.runtime, first.dataset, fingerprints(first))
+    assert answer_from_receipt(Path("params.yaml"), ON, first.runtime)
+
     second = retrain((*ON, "train.seed=1"), home=home)
     begun = result(first, "train")[1]["facts"]["sha256"]
     assert result(second, "train")[1]["identity"]["inputs"]["warm_start"] == begun
     assert registry_reads.read_alias(first.runtime, "smoke", "production") == 2
+    # Another adapter is in production: what the receipt says is no longer what a run would do.
+    assert answer_from_receipt(Path("params.yaml"), ON, first.runtime) is None
     assert set(states(retrain((*ON, "train.seed=1"), home=home)).values()) == {"cached"}
 
     with pytest.raises(Refused, match="rank 4, and these params come to 8"):

@@ -15,12 +15,10 @@ from training_job import (
     Heard,
     base_of,
     chats_of,
-    killed_thrice,
     make_inputs,
     params,
     random_rows,
     run,
-    trainings,
 )
 
 from retuner.errors import Refused, Unavailable
@@ -41,12 +39,6 @@ def inputs(tmp_path):
 def shared(tmp_path_factory):
     """Inputs of tests that write nothing into them."""
     return make_inputs(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture(scope="module")
-def job():
-    with trainings() as start:
-        yield start
 
 
 def short(lora=None, **changed):
@@ -150,6 +142,16 @@ for out in sys.argv[4:]:
 """
 
 
+def test_what_began_as_a_share_of_the_base_is_written_as_plain_lora_of_twice_the_rank(inputs):
+    facts = run(
+        inputs, short({"init": "pissa_fast", "rslora": True, "rank_pattern": {"o_proj": 2}}, max_steps=1)
+    )
+    config = config_in(inputs / "out")
+    assert (config["init_lora_weights"], config["r"], config["rank_pattern"]) == (True, 8, {"o_proj": 4})
+    assert config["lora_alpha"] / 8**0.5 == pytest.approx(8.0 / 4**0.5)
+    assert "twice the rank" in facts.effective["written_as"]
+
+
 def test_another_process_loads_the_same(shared, tmp_path):
     import torch
 
@@ -184,10 +186,8 @@ def test_in_bfloat16_what_learns_is_float32(shared, tmp_path):
 def test_q_and_v_of_llama_are_exactly_the_rows_of_q_and_v(inputs):
     heard = Heard()
     facts = run(inputs, short(QV, weight_decay=0.5), heard)
-    assert any(
-        "q_proj is in qkv_proj, v_proj is in qkv_proj, of qkv_proj only q and v learn" in l
-        for l in heard.lines
-    )
+    told = "q_proj is in qkv_proj, v_proj is in qkv_proj, of qkv_proj only q and v learn"
+    assert any(told in line for line in heard.lines)
     assert facts.adapted_modules == {"qkv_proj": 2}
     # What two layers of Llama's own would have: rank 4 times inputs plus outputs, q and v each.
     assert facts.trainable_parameters == 2 * 4 * ((64 + 64) + (64 + 32))
@@ -222,71 +222,6 @@ def test_the_rows_of_other_parts_stay_exactly_zero(inputs, optimizer):
             assert weight[Q][:, :4].count_nonzero() and weight[V][:, 4:].count_nonzero()
 
 
-def test_all_parts_of_a_layer_are_the_layer(shared):
-    """The list that works for Llama gives what all-linear gives."""
-    assert choose(KINDS["llama names"]).names == choose({}).names
-    assert choose(KINDS["llama names"]).ranks == choose({}).ranks
-    assert choose({"targets": ("qkv_proj", "q_proj")}).parts == {}
-
-
-def choose(lora, base=None, quantized=False):
-    from retuner.targets import choose_targets
-
-    return choose_targets(params(lora).lora, base or skeleton(), quantized)
-
-
-def skeleton(**changed):
-    from dataclasses import replace
-
-    from retuner.skeleton import Skeleton
-
-    layers = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-    paths = [f"model.layers.{number}.{layer}" for number in (0, 1) for layer in layers]
-    norms = [f"model.layers.{number}.input_layernorm" for number in (0, 1)]
-    sizes = {"qkv_proj": (64, 128), "o_proj": (64, 64), "gate_up_proj": (64, 256), "down_proj": (128, 64)}
-    made = Skeleton(
-        linear={path: sizes[path.rpartition(".")[2]] for path in paths},
-        embedding="model.embed_tokens",
-        head="lm_head",
-        tied=False,
-        modules=("model", "model.embed_tokens", *paths, *norms, "model.norm", "lm_head"),
-        biases=frozenset(),
-        parts={
-            "qkv_proj": {"q": range(64), "k": range(64, 96), "v": range(96, 128)},
-            "gate_up_proj": {"gate": range(128), "up": range(128, 256)},
-        },
-    )
-    return replace(made, **changed)
-
-
-def test_the_skeleton_is_that_of_the_base(shared):
-    from retuner.skeleton import read_skeleton
-
-    found = read_skeleton(shared / "base")
-    assert found.linear == skeleton().linear
-    assert found.parts == skeleton().parts
-    assert (found.embedding, found.head, found.tied, found.biases) == (
-        "model.embed_tokens",
-        "lm_head",
-        False,
-        set(),
-    )
-
-
-def test_a_base_that_has_llamas_layers_gets_them_untranslated():
-    llama = {f"model.layers.0.self_attn.{name}": (64, 64) for name in ("q_proj", "k_proj", "v_proj")}
-    found = choose({"targets": ("q_proj", "v_proj")}, skeleton(linear=llama, parts={}))
-    assert (found.names, found.told, found.parts) == (("q_proj", "v_proj"), (), {})
-
-
-def test_a_scale_is_that_of_the_part_with_rslora_too():
-    import math
-
-    path = "model.layers.0.self_attn.qkv_proj"
-    found = choose({**QV, "rslora": True})
-    assert found.alphas[path] / math.sqrt(found.ranks[path]) == pytest.approx(8.0 / math.sqrt(4))
-
-
 def test_only_the_layers_asked_for_learn(inputs):
     facts = run(inputs, short({"layers": "1-1", "targets": ("o_proj", "q_proj", "v_proj")}))
     assert facts.adapted_modules == {"o_proj": 1, "qkv_proj": 1}
@@ -312,51 +247,6 @@ def test_it_says_how_much_learns_in_each_kind_of_module(inputs):
 
 
 # --- what is refused
-
-
-@pytest.mark.parametrize(
-    "lora,told",
-    [
-        ({"targets": ("o_proj", "qkv")}, "qkv, and this base has no layer of that name"),
-        ({"targets": ("proj",)}, "qkv_proj.q, qkv_proj.k, qkv_proj.v, gate_up_proj.gate"),
-        ({"targets": ("o_proj.q",)}, "o_proj.q"),
-        ({"targets": ("lm_head",)}, "TRL"),
-        ({"layers": (2,)}, "layers from 0 to 1"),
-        ({"layers": "1-0"}, "layers from 0 to 1"),
-        ({"layers": (1,), "targets": ("layers.0.mlp.down_proj",)}, "none of train.lora.layers"),
-        ({"targets": ("o_proj",), "rank_pattern": {"down_proj": 8}}, "no adapted layer has that name"),
-        ({"alpha_pattern": {"q_proj": 8.0}}, "no adapted layer has that name"),
-        ({"modules_to_save": ("nrom",)}, "no such module"),
-        ({"modules_to_save": ("o_proj",)}, "or one that gets an adapter"),
-        ({"bias": "all"}, "no biases"),
-        ({"bias": "lora_only"}, "no biases"),
-        ({**QV, "dora": True}, "magnitudes"),
-        ({**QV, "init": "pissa"}, "whole layers"),
-        ({"targets": ("embed_tokens",), "init": "olora"}, "an embedding starts at zero"),
-        ({"rank": 65, "init": "pissa"}, "at most 64"),
-    ],
-)
-def test_what_would_match_nothing_or_something_else_is_refused(lora, told):
-    with pytest.raises(Refused) as refusal:
-        choose(lora)
-    assert told in str(refusal.value)
-
-
-@pytest.mark.parametrize("where", [{"targets": ("embed_tokens",)}, {"modules_to_save": ("lm_head",)}])
-def test_half_of_a_matrix_that_is_embedding_and_head_is_refused(where):
-    with pytest.raises(Refused, match="one matrix"):
-        choose(where, skeleton(tied=True))
-
-
-def test_a_layer_in_4_bits_does_not_learn_in_full():
-    with pytest.raises(Refused, match="4 bits"):
-        choose({"targets": ("o_proj",), "modules_to_save": ("down_proj",)}, quantized=True)
-
-
-def test_a_name_for_whole_modules_means_whole_names():
-    """To PEFT `norm` is the end of input_layernorm too."""
-    assert choose({"modules_to_save": ("norm",)}).saved == ("model.norm",)
-    assert choose({"modules_to_save": ("input_layernorm",)}).saved == ("input_layernorm",)
 
 
 def test_refusals_come_before_the_weights_are_read(inputs):
@@ -429,10 +319,12 @@ def test_lora_plus_lets_b_learn_faster_by_the_ratio(inputs):
     from retuner.lora import put_adapter_on
     from retuner.packing import lay_out, read_rows
     from retuner.row_trainer import row_trainer
+    from retuner.skeleton import read_skeleton
     from retuner.step_log import StepLog
+    from retuner.targets import choose_targets
 
     asked = short({"targets": ("o_proj", "embed_tokens"), "learning_rate_ratio": 8.0}, weight_decay=0.01)
-    targets = choose({"targets": ("o_proj", "embed_tokens")})
+    targets = choose_targets(asked.lora, read_skeleton(inputs / "base"))
     model = put_adapter_on(plain(inputs), asked.lora, targets)
     chats = inputs / "chats"
     packs, _ = lay_out(read_rows(chats / "train.arrow"), chats / "packs.arrow", inputs / "packed.arrow")
@@ -489,129 +381,6 @@ def test_noise_changes_what_is_learned_and_not_what_is_measured(shared, tmp_path
     quiet = trained(shared, tmp_path / "quiet", short())
     noisy = trained(shared, tmp_path / "noisy", short(noise_alpha=10.0))
     assert not quiet.equal(noisy)
-
-
-# --- stopping early
-
-STOPPING = {"schedule": "constant", "warmup_fraction": 0.0, "checkpoint_every_steps": 3}
-
-
-def stopping(lora=None, **changed):
-    early = {"every_steps": 2, "patience": 2, "min_improvement": 0.0}
-    return params(lora, **{**STOPPING, "max_steps": 40, "stop_early": early, **changed})
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """Random rows teach nothing about others, so the held-out loss soon rises."""
-    folder, heard = make_inputs(tmp_path_factory.mktemp("stopped")), Heard()
-    return folder, run(folder, stopping(), heard), heard
-
-
-def held_out(points):
-    return {step: values["held_out_loss"] for step, values in points if "held_out_loss" in values}
-
-
-def test_training_stops_when_the_held_out_loss_stops_falling(stopped, inputs):
-    _, facts, heard = stopped
-    losses = held_out(heard.points)
-    best = min(losses, key=losses.get)
-    assert sorted(losses) == list(range(2, best + 5, 2)), "every second step, until twice nothing was gained"
-    assert facts.trained_steps == best
-    assert heard.steps[-1] == best + 4
-    # The best step is not where the run ended, and measuring draws nothing: as if it had been told to end there.
-    assert run(inputs, params(**STOPPING, max_steps=best)).sha256 == facts.sha256
-
-
-def test_the_measured_loss_is_that_of_the_report(stopped):
-    from retuner.evaluation import read_held_out, row_losses
-    from retuner.generation import adapter_on
-
-    folder, facts, heard = stopped
-    rows = read_held_out(folder / "chats" / "held_out.arrow")
-    model = plain(folder)
-    with adapter_on(model, folder / "out"):
-        losses = row_losses(model, rows, 3, lambda done, total: None)
-    tokens = [row["tokens"] for row in rows]
-    mean = sum(loss * count for loss, count in zip(losses, tokens)) / sum(tokens)
-    assert held_out(heard.points)[facts.trained_steps] == pytest.approx(mean, abs=1e-5)
-
-
-def test_it_says_that_held_out_rows_chose_the_step(stopped):
-    folder, facts, heard = stopped
-    told = f"step {facts.trained_steps} of {heard.steps[-1]} done and 40 planned: the lowest loss of 6 held-out rows"
-    assert facts.effective["chosen"].startswith(told)
-    assert "better than new rows' would be" in facts.effective["chosen"]
-    assert any(told in line for line in heard.lines)
-    lines = map(json.loads, (folder / "out" / "aside" / "metrics.jsonl").read_text().splitlines())
-    assert held_out((line["step"], line["metrics"]) for line in lines) == held_out(heard.points)
-
-
-@pytest.mark.parametrize("die_after", [3, 5, "best", "best + 3"])
-def test_patience_and_the_best_step_survive_a_kill(stopped, inputs, die_after):
-    _, facts, first = stopped
-    step = eval(str(die_after), {"best": facts.trained_steps})
-    with pytest.raises(KeyboardInterrupt):
-        run(inputs, stopping(), Heard(die_after=step), out="died")
-    heard = Heard()
-    again = run(inputs, stopping(), heard)
-    assert (again.sha256, again.trained_steps) == (facts.sha256, facts.trained_steps)
-    assert heard.steps[-1] == first.steps[-1]
-    assert again.effective["chosen"] == facts.effective["chosen"]
-
-
-def test_a_run_that_lost_its_best_step_finds_it_again(stopped, inputs):
-    _, facts, _ = stopped
-    best = facts.trained_steps
-    with pytest.raises(KeyboardInterrupt):
-        run(inputs, stopping(), Heard(die_after=best + 4), out="died")
-    (inputs / "work" / "sealed" / f"step-{best}" / "adapter_model.safetensors").write_bytes(b"")
-    heard = Heard()
-    assert run(inputs, stopping(), heard).sha256 == facts.sha256
-    assert any(f"step-{best}, which it needs" in line for line in heard.lines)
-
-
-def test_an_improvement_below_the_smallest_that_counts_is_none(inputs):
-    early = {"every_steps": 1, "patience": 3, "min_improvement": 100.0}
-    heard = Heard()
-    run(inputs, stopping(stop_early=early), heard)
-    assert heard.steps[-1] == 4, "the first measurement, and three that improved it too little"
-
-
-EVERYTHING = stopping(
-    {
-        "targets": ("q_proj", "v_proj", "o_proj"),
-        "modules_to_save": ("norm",),
-        "dropout": 0.2,
-        "learning_rate_ratio": 4.0,
-    },
-    noise_alpha=5.0,
-    label_smoothing=0.1,
-    gradient_checkpointing=True,
-    learning_rate=3e-3,
-)
-OTHERS = {
-    "pissa, dora": stopping({"init": "pissa_fast", "dora": True, "dropout": 0.2}),
-    "embeddings": stopping({"targets": ("embed_tokens", "o_proj"), "dropout": 0.2}, optimizer="adafactor"),
-}
-
-
-def test_everything_at_once_killed_thrice_ends_in_the_same_bytes(inputs, job, tmp_path):
-    undisturbed = run(make_inputs(tmp_path / "elsewhere"), EVERYTHING)
-    (inputs / "asked.json").write_text(EVERYTHING.model_dump_json())
-    done = killed_thrice(inputs, job, (2, 4, 6))
-    assert any("going on after step-" in line for line in done["lines"])
-    assert done["sha256"] == undisturbed.sha256
-
-
-@pytest.mark.parametrize("asked", OTHERS.values(), ids=OTHERS)
-def test_other_kinds_go_on_after_a_kill_too(inputs, asked):
-    expected = run(inputs, asked, out="undisturbed", work="other-work")
-    with pytest.raises(KeyboardInterrupt):
-        run(inputs, asked, Heard(die_after=5), out="died")
-    heard = Heard()
-    assert run(inputs, asked, heard).sha256 == expected.sha256
-    assert any("going on after" in line for line in heard.lines)
 
 
 # --- a warm start
@@ -703,7 +472,9 @@ def test_qlora_trains_saves_and_loads_on_4_bits_and_merges_into_the_base_as_it_i
 
 @bitsandbytes
 def test_qlora_gives_the_same_bytes_killed_or_not_and_says_what_it_ran_with(inputs):
-    asked = stopping(QV, quantization=NF4, precision="bfloat16", optimizer="paged_adamw_8bit")
+    early = {"every_steps": 2, "patience": 2, "min_improvement": 0.0}
+    kind = {"quantization": NF4, "precision": "bfloat16", "optimizer": "paged_adamw_8bit"}
+    asked = short(QV, max_steps=8, stop_early=early, **kind)
     facts = run(inputs, asked, out="undisturbed", work="other-work")
     assert facts.effective["quantization"].startswith("nf4, double, computes in bfloat16")
     with pytest.raises(KeyboardInterrupt):

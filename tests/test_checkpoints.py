@@ -77,6 +77,24 @@ def test_a_checkpoint_under_the_name_of_another_step_is_not_used(work):
     assert newest_whole(work, lambda line: None) == work / "sealed" / "step-9"
 
 
+def test_a_step_that_is_to_be_kept_is_kept_however_old(work):
+    for step in (11, 12, 13):
+        seal(work, staged(work, step), step, keep=10)
+    assert {path.name for path in (work / "sealed").iterdir()} == {"step-10", "step-12", "step-13"}
+
+
+@pytest.mark.parametrize("harm", ["gone", "a bit flipped"])
+def test_a_checkpoint_is_not_used_without_the_other_one_that_it_needs(work, harm):
+    seal(work, staged(work, 11), 11, keep=9)
+    file = work / "sealed" / "step-10" / "optimizer.pt"
+    file.unlink() if harm == "gone" else file.write_bytes(b"?" + file.read_bytes()[1:])
+    needs = {"step-11": 10, "step-10": None, "step-9": None}
+    said = []
+    assert newest_whole(work, said.append, lambda path: needs[path.name]) == work / "sealed" / "step-9"
+    assert "step-11 is not used, because step-10, which it needs" in said[0]
+    assert "optimizer.pt" in said[0]
+
+
 def test_what_was_being_written_when_the_process_died_is_thrown_away(work):
     staged(work, 11)
     clear_staging(work)
