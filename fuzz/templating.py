@@ -8,7 +8,9 @@ what was said. Two things the tokenizer itself does to a text are allowed for: i
 from collections.abc import Sequence
 from pathlib import Path
 
-from retuner.rendering import IGNORE, WHITE_SPACE, Renderer
+from retuner.rendering import Renderer
+from retuner.token_rows import IGNORE
+from retuner.words import WHITE_SPACE
 
 PHI3 = Path(__file__).parents[2] / "shared" / "phi3-tokenizer"
 LETTERS = {0: ("user", "assistant"), 1: ("system", "user", "assistant")}
@@ -65,17 +67,27 @@ class Checker:
                 learnt = message["role"] == "assistant"
                 labels += [IGNORE, *(opening[1:] + ending if learnt else [IGNORE] * len(opening))]
             assert row.labels == [*labels, IGNORE], "loss is not on the answers and their stop tokens alone"
-            self._check_serving(chat, row.input_ids)
         decoded = self.backend.decode_batch(said, skip_special_tokens=False)
         assert decoded == expected, "what was said does not come back"
+        self._check_serving(chats, [row.input_ids for row in rows])
 
-    def _check_serving(self, chat: Chat, input_ids: list[int]) -> None:
-        for turn, message in enumerate(chat):
-            if message["role"] == "assistant":
-                prompt = self.renderer.encode_prompt(chat[:turn])
-                answer = self.renderer.encode_completion(chat[:turn], message["content"])
-                assert input_ids[: len(prompt) + len(answer)] == prompt + answer, "serving builds other ids"
-        assert len(prompt) + len(answer) + 1 == len(input_ids)
+    def _check_serving(self, chats: Sequence[Chat], trained: Sequence[list[int]]) -> None:
+        asked = [
+            (input_ids, chat[: turn + 1])
+            for chat, input_ids in zip(chats, trained, strict=True)
+            for turn, message in enumerate(chat)
+            if message["role"] == "assistant"
+        ]
+        prompts = self.renderer.encode_prompts([chat[:-1] for _, chat in asked])
+        answers = self.renderer.encode_completions([chat for _, chat in asked])
+        ends = {}
+        for (input_ids, _), prompt, answer in zip(asked, prompts, answers, strict=True):
+            served = prompt.input_ids + answer.input_ids
+            assert input_ids[: len(served)] == served, "serving builds other ids"
+            ends[id(input_ids)] = len(input_ids) - len(served)
+        assert all(left == 1 for left in ends.values()), (
+            "something stands between the last answer and the end"
+        )
 
     def _control_ids(self, chat: Chat) -> list[int]:
         turns = [id for message in chat for id in (self.id_of[message["role"]], self.id_of["end"])]

@@ -63,15 +63,25 @@ class Renderer:
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Input ids of a context whose answer is asked for; training rows of longer chats begin with them."""
-        plan = Plan(self.template.of_context(_roles(messages), True), messages)
-        return self._encode([plan])[0].input_ids
+        return self.encode_prompts([messages])[0].input_ids
+
+    def encode_prompts(self, contexts: Sequence[Sequence[Message]]) -> TokenRows:
+        """As `encode_prompt`, of many contexts, in order."""
+        return self._encode(
+            [Plan(self.template.of_context(_roles(asked), True), asked) for asked in contexts]
+        )
 
     def encode_completion(self, messages: Sequence[Message], answer: str) -> list[int]:
         """What follows `encode_prompt(messages)` in a training row: the answer and the stop token, all with loss."""
-        chat = [*messages, {"role": "assistant", "content": answer}]
-        prompt_items = len(self.template.of_context(_roles(messages), True).items)
-        items = self.template.of_chat(_roles(chat)).items[prompt_items : prompt_items + 2]
-        return self._encode([Plan(Layout(items), chat)])[0].input_ids
+        return self.encode_completions([[*messages, {"role": "assistant", "content": answer}]])[0].input_ids
+
+    def encode_completions(self, chats: Sequence[Sequence[Message]]) -> TokenRows:
+        """As `encode_completion`, of the last answer of each of many chats, in order."""
+        plans = []
+        for chat in chats:
+            begin = len(self.template.of_context(_roles(chat[:-1]), True).items)
+            plans.append(Plan(Layout(self.template.of_chat(_roles(chat)).items[begin : begin + 2]), chat))
+        return self._encode(plans)
 
     def is_plain(self, messages: Sequence[Message]) -> bool:
         """Whether `apply_chat_template` must give the same ids: no control text, and no answer that begins with

@@ -159,6 +159,6 @@ class ReferenceRenderer:
 
 
 def templating_row(ids):
-    from retuner.rendering import Row
+    from retuner.token_rows import Row
 
     return Row(ids, ids, 0)
