@@ -21,6 +21,7 @@ from retuner.tutorial_table import (
     GONE,
     MAX_TOKENS,
     OTHERWISE,
+    PACK_TOKENS,
     PACKING,
     PINNED,
     SFT_DEFAULTS,
@@ -198,16 +199,12 @@ class _Book:
     def _pack(self) -> dict[str, Any]:
         """Packs are as long as the longest row may be, as theirs are. Returns what their silence decides."""
         packed = bool(self.values.pop(PACKING, False))
-        settings = {"train.packing": packed, "train.pack_tokens": self.values[MAX_TOKENS]}
-        if self.sheet.has("template.pack_tokens"):
-            settings = {"template.pack_tokens": self.values[MAX_TOKENS] if packed else None}
-        first = next(iter(settings))
+        tokens = self.values[MAX_TOKENS] if packed else None
         if PACKING in self.said_by:
-            index = self.said_by[first] = self.said_by.pop(PACKING)
-            self._amend(index, became=f"{first}: {spelled(settings[first])}")
-        self.values |= settings
-        self.notes["train.pack_tokens"] = "as long as the longest row" if packed else "not used"
-        return {} if first in self.said_by else {first: settings[first]}
+            index = self.said_by[PACK_TOKENS] = self.said_by.pop(PACKING)
+            self._amend(index, became=f"{PACK_TOKENS}: {spelled(tokens)}")
+        self.values[PACK_TOKENS] = tokens
+        return {} if PACK_TOKENS in self.said_by else {PACK_TOKENS: tokens}
 
     def _quantize(self) -> None:
         parts = {path: path.rpartition(".")[2] for path in self.values if path.startswith(f"{QUANTIZATION}.")}

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from retuner.skeleton import FUSED
+
 Verdict = Literal["kept", "changed", "refused"]
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Phi-3's fused layers, to what Llama calls their parts."""
-FUSED = {part: layer for layer, parts in PARTS.items() for part in parts}
 
 
 @dataclass(frozen=True)
@@ -97,17 +96,22 @@ def are_names(value: Any) -> bool:
 
 
 def of_phi3(value: Any) -> bool:
-    return are_names(value) and {FUSED.get(name, name) for name in value} <= set(PROJECTIONS)
+    return are_names(value) and set(map(_layer, value)) <= set(PROJECTIONS)
+
+
+def _layer(name: str) -> str:
+    return FUSED[name][0] if name in FUSED else name
 
 
 def fused(names: list[str]) -> list[str]:
     """Phi-3's name where it or all parts of its layer are named; other parts keep theirs, for `train` to find."""
 
     def is_whole(layer: str) -> bool:
-        return layer in names or (layer in PARTS and set(PARTS[layer]) <= set(names))
+        parts = {name for name, (whole, _) in FUSED.items() if whole == layer}
+        return layer in names or (bool(parts) and parts <= set(names))
 
     whole = [layer for layer in PROJECTIONS if is_whole(layer)]
-    return whole + [name for name in names if FUSED.get(name, name) not in whole]
+    return whole + [name for name in names if _layer(name) not in whole]
 
 
 def plain_dtype(value: Any) -> str:

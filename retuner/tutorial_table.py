@@ -29,7 +29,7 @@ from retuner.tutorial_rules import (
     row,
 )
 
-MAX_TOKENS = "template.max_tokens"
+MAX_TOKENS, PACK_TOKENS = "template.max_tokens", "template.pack_tokens"
 WARMUP_STEPS, PACKING = "warm-up steps", "packing"
 """No settings, but turned into some: a fraction, once the number of steps is known, and the length of a pack."""
 
