@@ -21,6 +21,7 @@ from retuner.export import export, publish
 from retuner.export_source import Source, base_of, source_of_folder, source_of_version
 from retuner.exported_model import base_and_adapter, exported
 from retuner.files import sha256_file
+from retuner.generation import adapter_on
 from retuner.loralib_file import read_settings
 from retuner.observe import Silent
 from retuner.params import SmolLM2Base, TinyBase, load
@@ -435,7 +436,6 @@ def test_a_version_is_held_against_its_own_held_out_prompts(project, tmp_path):
 def cli(project, monkeypatch, capsys):
     """`retuner` in this process, over the project; what it prints as JSON."""
     monkeypatch.setenv("RETUNER_HOME", str(project.home))
-    monkeypatch.setenv("RETUNER_DEVICE", "cpu")
 
     def run(*arguments):
         capsys.readouterr()
@@ -494,6 +494,9 @@ def test_a_loralib_file_is_imported_evaluated_and_exported_again(cli, project, t
     assert made["layers"] == 4 and made["base"] == "tiny"
     assert {path.name for path in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
     assert difference(together(base, folder), theirs) < 1e-5
+    scored = load_model(base, "float32", "sdpa", "cpu")
+    with adapter_on(scored, folder):  # as the evaluation puts adapters on
+        assert difference(scored, theirs) < 1e-5
 
     again = cli(
         *(
@@ -547,6 +550,28 @@ def test_a_base_in_the_store_is_not_fetched_again(project, monkeypatch):
 def test_a_folder_without_an_adapter_is_refused(project, tmp_path):
     with pytest.raises(Refused, match=r"has no adapter_model\.safetensors"):
         source_of_folder(tmp_path, quickstart(), base_of(TINY, project, Silent()))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"peft_type": "IA3"}', '{"peft_type": "LORA", "r": "x"}'])
+def test_an_adapter_whose_configuration_is_broken_is_refused(base, tmp_path, text):
+    adapter = adapter_on_base(base[0], tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text(text)
+    for shape in SHAPES:
+        with pytest.raises(Refused, match="the adapter in adapter/ cannot be read"):
+            export(source(base, adapter), shape, tmp_path / "exports" / "out", "cpu", Silent())
+    assert list((tmp_path / "exports").iterdir()) == []
+
+
+def test_a_configuration_of_an_older_peft_is_read(base, tmp_path):
+    adapter = adapter_on_base(base[0], tmp_path / "adapter")
+    known = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({key: config[key] for key in known}))
+    for shape in SHAPES:
+        assert (
+            export(source(base, adapter), shape, tmp_path / shape, "cpu", Silent())["parity"]["equal_texts"]
+            == 3
+        )
 
 
 # --- once on real weights
