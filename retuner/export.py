@@ -52,7 +52,7 @@ def export(
     with disk_full_said(out.parent):
         try:
             draft.mkdir()
-            stored_as = _write(draft, source, shape, device, enable_lora or {})
+            stored_as = _write(draft, source, shape, enable_lora or {}, observer)
             observer.say(f"export: written as {shape}; holding it against base and adapter")
             reference, asked = base_and_adapter(source, device)
             parity = compare(reference, exported(draft, source, shape, asked, reference, device), stored_as)
@@ -104,16 +104,21 @@ def publish(draft: Path, out: Path) -> None:
 
 
 def _write(
-    draft: Path, source: Source, shape: Shape, device: str, enable_lora: Mapping[str, tuple[bool, ...]]
+    draft: Path, source: Source, shape: Shape, enable_lora: Mapping[str, tuple[bool, ...]], observer: Observer
 ) -> str:
     """The files of the export. Returns the dtype whose precision they have."""
+    lora = read_lora(source.adapter)
     match shape:
         case "merged":
-            return write_merged(draft, source.base, source.adapter, device)
+            return write_merged(draft, source.base, source.adapter)
         case "split":
             write_split(draft, source.base, source.adapter)
         case "loralib":
-            write_state(draft, *to_loralib(read_lora(source.adapter), empty_model(source.base), enable_lora))
+            if lora.config["use_rslora"]:
+                observer.say(
+                    "export: loralib has no rsLoRA; its alpha is alpha·√rank, which gives the same scale"
+                )
+            write_state(draft, *to_loralib(lora, empty_model(source.base), enable_lora))
         case "gguf":
             write_gguf(draft, source.base, source.adapter, source.name)
     return "float32"

@@ -53,16 +53,22 @@ class LoraFile:
 
 def read_lora(folder: Path) -> LoraFile:
     """Errors: Refused for what is no whole LoRA adapter of finite numbers."""
+    from peft import LoraConfig
     from peft.utils.other import get_pattern_key
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(folder / WEIGHTS)
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, SafetensorError) as error:
+        if json.loads((folder / CONFIG).read_text(encoding="utf-8"))["peft_type"] != "LORA":
+            raise ValueError("its peft_type is not LORA")
+        # Through PEFT, which fills in what older versions of it did not write.
+        config = LoraConfig.from_pretrained(str(folder)).to_dict()
+        if type(config["r"]) is not int or not config["target_modules"]:
+            raise ValueError("its r is no whole number, or its target_modules are missing")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise Refused(
-            f"the adapter in {folder.name}/ cannot be read: {error}",
+            f"the adapter in {folder.name}/ cannot be read: {error!r:.160}",
             f"{WEIGHTS} and {CONFIG}, as PEFT saves them",
             "use a folder that `train`, `import` or PEFT's save_pretrained wrote",
         ) from None

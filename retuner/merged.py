@@ -13,9 +13,9 @@ from retuner.tiny_phi3 import write_json
 SHARD = "4GB"
 
 
-def write_merged(out: Path, base: Path, adapter: Path, device: str) -> str:
+def write_merged(out: Path, base: Path, adapter: Path) -> str:
     """W + s·B·A computed in float32, rounded once to the base's dtype, which is returned; the tokenizer, the chat
-    template and everything else of the base beside it.
+    template and everything else of the base beside it. On the CPU, so that the bytes are the same everywhere.
 
     Errors: Refused when the adapter does not fit, or when a merged weight is not finite.
     """
@@ -24,7 +24,7 @@ def write_merged(out: Path, base: Path, adapter: Path, device: str) -> str:
     from transformers import AutoConfig
 
     dtype = AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False).dtype
-    model = load_model(base, "float32", "sdpa", device)
+    model = load_model(base, "float32", "sdpa", "cpu")
     with safe_open(adapter / WEIGHTS, framework="pt") as tensors:
         untied = untie(model, [name.removeprefix(PREFIX) for name in tensors.keys()])  # noqa: SIM118
     merged = put_on(model, adapter).merge_and_unload(safe_merge=True)

@@ -20,10 +20,11 @@ class Tolerance:
 
 
 TOLERANCES = {
-    # What rounding does to weights that are stored so. In float32 the order of additions is all that differs.
+    # In float32 the order of additions is all that differs. In the others it is the rounding of the merged weights,
+    # on SmolLM2 in bfloat16 0.9 % of the largest logit, and 2 of 8 texts part.
     "float32": Tolerance(1e-4, 1e-3),
     "float16": Tolerance(1e-2, 0.1),
-    "bfloat16": Tolerance(5e-2, 0.5),
+    "bfloat16": Tolerance(3e-2, 0.5),
 }
 
 

@@ -25,7 +25,7 @@ from retuner.lora_file import (
 SHARED_BY = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
-    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "attention_bias"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 """Settings that mean the same in a Phi3Config and a LlamaConfig."""
 
@@ -63,6 +63,8 @@ def write_split(out: Path, base: Path, adapter: Path) -> None:
         "alpha_pattern": {},
         "target_modules": target_names(layers, candidates),
         "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
         "inference_mode": True,
     }
     write_lora(out, tensors, config)
