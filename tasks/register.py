@@ -70,6 +70,7 @@ def register(
                 "report_digest": report.digest,
                 "git_commit": lineage["git_commit"],
                 "split_rule": rule,
+                "held_out_splits": splits.fingerprint,
                 "held_out_digest": sha256_file(splits.path / "held_out.jsonl"),
                 "stage_fingerprints": json.dumps(
                     {r.stage: r.fingerprint for r in (base, splits, chats, adapter, report)}
