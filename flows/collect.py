@@ -36,6 +36,7 @@ def collect(runtime: Runtime, keep_versions: int, dry_run: bool) -> Collected:
     for model in registry.model_names(runtime):
         for tags in registry.tags_to_keep(runtime, model, keep_versions):
             reached |= set(json.loads(tags.get("stage_fingerprints", "{}")).values())
+            reached.add(tags.get("held_out_splits"))
     store, removed, freed, kept = Store(runtime.store), [], 0, 0
     for folder in sorted((store.root / "objects").glob("*")):
         if folder.name in reached:

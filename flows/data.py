@@ -166,12 +166,12 @@ def freeze(
 def _of_version(context: "RunContext", version: str, model: str) -> tuple[Path, str, str]:
     """What a registered version was scored on: its rows, its rule, and what to call it."""
     from flows.versions import model_named, version_named
-    from retuner import held_out, registry, registry_reads
+    from retuner import held_out, registry
 
     model = model_named(context.runtime, model)
     number = version_named(context.runtime, model, version)
     tags = registry.tags_of(context.runtime, model, number)
-    rows = held_out.stored(context.store, registry_reads.splits_of(tags), tags.get("held_out_digest", ""))
+    rows = held_out.stored(context.store, tags.get("held_out_splits", ""), tags.get("held_out_digest", ""))
     if rows is None:
         raise Unavailable(
             f"the held-out set of {model} version {number} is not in the store",

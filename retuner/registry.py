@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 REQUIREMENTS = ("filelock", "gguf", "jinja2", "mlflow", "peft", "pydantic", "torch", "transformers")
 """What a process needs to load a version; stated, so that MLflow does not load the model to guess."""
 
+FIRST = {"split_rule", "held_out_digest", "held_out_splits"}
+"""Tags of the first run that made an adapter: another split can end in the same bytes."""
+
+SEALED = {"logged_model", "bundle_sha256"}
+
 REPORT = "evaluation"
 """Where in a run's artifacts `report.json`, `answers.jsonl` and `losses.jsonl` lie."""
 
@@ -175,12 +180,11 @@ def model_names(runtime: Runtime) -> list[str]:
 
 def tags_to_keep(runtime: Runtime, model_name: str, last: int) -> list[dict[str, str]]:
     """The tags of the `last` newest versions of a model, and of every version that an alias points to."""
+    found = all_tags(runtime, model_name)
     with mlflow_said(runtime):
-        client = mlflow_client(runtime)
-        found = client.search_model_versions(f"name = '{model_name}'")
-        aliased = {int(number) for number in client.get_registered_model(model_name).aliases.values()}
-    newest = sorted((int(version.version) for version in found), reverse=True)[:last]
-    return [dict(version.tags) for version in found if int(version.version) in {*newest, *aliased}]
+        aliases = mlflow_client(runtime).get_registered_model(model_name).aliases
+    kept = {*sorted(found, reverse=True)[:last], *map(int, aliases.values())}
+    return [tags for version, tags in found.items() if version in kept]
 
 
 def all_tags(runtime: Runtime, model_name: str) -> dict[int, dict[str, str]]:
@@ -284,7 +288,12 @@ def _reconcile(client: MlflowClient, model_name: str, adapter_sha256: str, say: 
 
 def _update_tags(client: MlflowClient, model_name: str, version: Any, tags: dict[str, str]) -> None:
     for key, value in tags.items():
-        if key not in ("logged_model", "bundle_sha256") and version.tags.get(key) != value:
+        first_stays = key in FIRST and key in version.tags
+        if (
+            key not in ("logged_model", "bundle_sha256")
+            and not first_stays
+            and version.tags.get(key) != value
+        ):
             again(client.set_model_version_tag, model_name, version.version, key, value)
 
 

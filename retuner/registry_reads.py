@@ -36,7 +36,7 @@ class HeldOut(NamedTuple):
     rule: str
     """`retuner.held_out.split_rule` of its params."""
     splits: str
-    """The fingerprint of its `prepare` result, empty when it is not told."""
+    """The fingerprint of the `prepare` result that has it, empty when it is not told."""
 
 
 def read_alias(runtime: Runtime, model_name: str, alias: str) -> int | None:
@@ -118,7 +118,7 @@ def find_version(runtime: Runtime, model_name: str, adapter_sha256: str) -> int 
 def held_out_sets(runtime: Runtime, model_name: str) -> list[HeldOut]:
     """Of every version whose tags tell its held-out set, oldest first. Errors: Unavailable."""
     return [
-        HeldOut(version, tags["held_out_digest"], tags["split_rule"], splits_of(tags))
+        HeldOut(version, tags["held_out_digest"], tags["split_rule"], tags.get("held_out_splits", ""))
         for version, tags in sorted(_all_tags(runtime, model_name).items())
         if {"held_out_digest", "split_rule"} <= tags.keys()
     ]
@@ -137,7 +137,7 @@ def _all_tags(runtime: Runtime, model_name: str) -> dict[int, dict[str, str]]:
             path,
             "SELECT v.version, t.key, t.value FROM model_versions v JOIN model_version_tags t"
             " ON t.name = v.name AND t.version = v.version WHERE v.name = ? AND v.current_stage != ?"
-            " AND t.key IN ('held_out_digest', 'split_rule', 'stage_fingerprints')",
+            " AND t.key IN ('held_out_digest', 'split_rule', 'held_out_splits')",
             (model_name, DELETED),
         )
         found: dict[int, dict[str, str]] = {}

@@ -71,6 +71,7 @@ def register(
                 "report_digest": report.digest,
                 "git_commit": lineage["git_commit"],
                 "split_rule": rule,
+                "held_out_splits": splits.fingerprint,
                 "held_out_digest": sha256_file(splits.path / "held_out.jsonl"),
                 **_warm_start_tags(run, lineage["stages"]["train"]["identity"], chats, base),
                 "stage_fingerprints": json.dumps(

@@ -153,7 +153,7 @@ def register(runtime: Runtime, folder: Path, value: float, **tags: str) -> int:
 
 
 def register_split(runtime: Runtime, folder: Path, value: float, rule: str, splits: tuple[str, str]) -> int:
-    told = {"held_out_digest": splits[1], "split_rule": rule}
+    told = {"held_out_digest": splits[1], "held_out_splits": splits[0], "split_rule": rule}
     return register(
         runtime, folder, value, **told, stage_fingerprints=json.dumps({"prepare": splits[0], "train": "f"})
     )

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from projects import make_project, retrain, states
 
+from flows.cli import main
 from flows.pipeline import STAGES
 from flows.receipts import answer_from_receipt, keep_receipt
 from flows.replay import replay
 from retuner import registry, registry_reads
-from retuner.held_out import groups_in
+from retuner.held_out import freeze, frozen, groups_in
 from retuner.runtime import Runtime
 from tasks.context import Quiet, RunContext
 
@@ -98,6 +99,7 @@ def test_a_version_is_replayed_though_the_set_it_was_compared_with_left_the_stor
 
 
 def test_going_back_to_a_rule_prepares_once_more_and_then_nothing(finished, home, tmp_path):
+    """Without both sets train is what version 2 learned from, so the adapter is version 2's, by its first rule."""
     shutil.copytree(home, tmp_path / "home")
     again = retrain(home=tmp_path / "home")
     assert states(again)["prepare"] == "computed", "it has an earlier set to look at now"
@@ -105,3 +107,35 @@ def test_going_back_to_a_rule_prepares_once_more_and_then_nothing(finished, home
     assert set(states(retrain(home=tmp_path / "home")).values()) == {"cached"}
     assert answer_from_receipt(PARAMS, (), Runtime(home=tmp_path / "home"))
     assert [record.name for record in again.records] == list(STAGES)
+    told = registry_reads.held_out_sets(Runtime(home=tmp_path / "home"), "smoke")
+    assert [(version.version, version.rule) for version in told] == [(1, "1 0.2 "), (2, "other 0.2 ")]
+
+
+def test_the_held_out_set_of_a_version_can_be_frozen_by_name(finished, home, monkeypatch, capsys):
+    monkeypatch.setenv("RETUNER_HOME", str(home))
+    arguments = ["data", "freeze", "first", "params.yaml", "--from", "1", "--json"]
+    monkeypatch.setattr("sys.argv", ["retuner", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0, capsys.readouterr().err
+    told = json.loads(capsys.readouterr().out)
+    assert (told["name"], told["file"]) == ("first", "params/held_out/first.txt")
+    held_out = groups_in(home / "store" / "objects" / finished[1]["prepare"] / "held_out.jsonl")
+    assert frozen("first").groups == held_out
+    assert "smoke version 1; split rule: 1 0.2" in Path(told["file"]).read_text().splitlines()[0]
+
+
+@pytest.mark.slow
+def test_a_version_of_a_frozen_set_is_replayed_without_its_file(finished, home, tmp_path, monkeypatch):
+    held_out = groups_in(home / "store" / "objects" / finished[1]["prepare"] / "held_out.jsonl")
+    shutil.copytree(home, tmp_path / "home")
+    shutil.copytree(home.parent / "project", tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    freeze("kept", held_out, "1 0.2 ", "a test")
+    run = retrain(("prepare.held_out_set=kept", "prepare.split_salt=third"), home=tmp_path / "home")
+    rows = tmp_path / "home" / "store" / "objects" / prints(run)["prepare"] / "held_out.jsonl"
+    assert groups_in(rows) == held_out
+    Path("params/held_out/kept.txt").unlink()
+    version = max(v.version for v in registry_reads.held_out_sets(run.runtime, "smoke"))
+    made = replay(run.runtime, "smoke", version, Quiet())
+    assert (made.same, made.differences) == (True, ())

@@ -441,7 +441,7 @@ def test_what_versions_were_scored_on_is_read_as_mlflow_tells_it(runtime, monkey
     client.create_registered_model(model)
     for number in ("1", "2", "3", "4"):
         told = {"held_out_digest": f"digest {number}", "split_rule": f"{number} 0.05 "}
-        prints = {"stage_fingerprints": json.dumps({"prepare": f"print {number}", "train": "f"})}
+        prints = {"held_out_splits": f"print {number}"}
         tags = (
             {"adapter_sha256": number} | ({} if number == "4" else told) | ({} if number == "3" else prints)
         )
