@@ -182,7 +182,7 @@ class Ordered:
         begins = ends - heads["words"].astype(np.int64) * 4
         self.words_file.write(_joined(batch.bodies, begins, ends))
         self._sides.append(sides.astype(np.uint16))
-        self._words.append(heads["words"])
+        self._words.append(heads["words"].copy())  # a view would keep the whole heads in memory
 
     def finish(self) -> None:
         """After the last row: from now on rows are read."""
