@@ -26,6 +26,8 @@ HEAD = np.dtype(
         ("bands", "<u4", (BANDS,)),  # the MinHash sketch, see retuner.sketch
     ]
 )
+LEAN = np.dtype(HEAD.descr[:-1])
+"""A head without its sketch."""
 PARTS = 256
 RUN_BYTES = 16 * 2**20
 CHUNK_ROWS = 2**15
@@ -171,7 +173,8 @@ class Ordered:
     def add(self, batch: Batch, sides: Any) -> None:
         """The words are kept; the lines are not."""
         heads = batch.heads
-        self.heads_file.write(heads.tobytes())
+        lean = heads.view(np.uint8).reshape(len(heads), HEAD.itemsize)[:, : LEAN.itemsize]
+        self.heads_file.write(lean.tobytes())
         self.sketches_file.write(heads["bands"].tobytes())
         for band, file in enumerate(self.bands_files):
             file.write(np.ascontiguousarray(heads["bands"][:, band]).tobytes())
@@ -179,7 +182,7 @@ class Ordered:
         begins = ends - heads["words"].astype(np.int64) * 4
         self.words_file.write(_joined(batch.bodies, begins, ends))
         self._sides.append(sides.astype(np.uint16))
-        self._words.append(heads["words"])
+        self._words.append(heads["words"].copy())  # a view would keep the whole heads in memory
 
     def finish(self) -> None:
         """After the last row: from now on rows are read."""
@@ -198,7 +201,7 @@ class Ordered:
         last = len(self) if last is None else last
         for row in range(first, last, CHUNK_ROWS):
             count = min(CHUNK_ROWS, last - row)
-            yield row, np.frombuffer(_records(self.heads_file, row, count, HEAD.itemsize), HEAD)
+            yield row, np.frombuffer(_records(self.heads_file, row, count, LEAN.itemsize), LEAN)
 
     def head(self, row: int) -> Any:
         return next(self.heads(row, row + 1))[1][0]
