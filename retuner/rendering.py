@@ -91,9 +91,9 @@ class Renderer:
             m["content"][:1].isspace() for m in messages if m["role"] == "assistant"
         )
 
-    def check(self, messages: Sequence[Message]) -> None:
-        """Compare a plain conversation with the reference, `apply_chat_template`."""
-        ours = self.encode_chat(messages)[0]
+    def check(self, messages: Sequence[Message], ours: list[int] | None = None) -> None:
+        """Compare the ids of a plain conversation, `ours`, with the reference, `apply_chat_template`."""
+        ours = ours or self.encode_chat(messages)[0]
         reference = self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False)
         if ours == reference:
             return

@@ -139,9 +139,8 @@ class ReferenceCheck:
 
         count = min(CHECKED_ROWS, len(lines))
         self._early = lines, count
-        for chat in lines.read(np.arange(count)):
-            if self.renderer.is_plain(chat["messages"]):
-                self._check(chat)
+        chats = lines.read(np.arange(count))
+        self._check([chat for chat in chats if self.renderer.is_plain(chat["messages"])])
 
     def others(self, lines: ChatLines, rows: RowMemo, places: Places) -> None:
         import numpy as np
@@ -154,14 +153,14 @@ class ReferenceCheck:
         of_each = numbers[np.unique(roles[numbers], return_index=True)[1]]
         wanted = [number for number in of_each if names[roles[number]] not in self.roles]
         wanted += numbers[: max(0, CHECKED_ROWS - self.checked)].tolist()
-        for chat in lines.read(np.unique(np.array(wanted, np.int64))):
-            self._check(chat)
+        self._check(lines.read(np.unique(np.array(wanted, np.int64))))
 
-    def _check(self, chat: Chat) -> None:
-        with _named(chat):
-            self.renderer.check(chat["messages"])
-        self.checked += 1
-        self.roles.add("\n".join(message["role"] for message in chat["messages"]))
+    def _check(self, chats: Sequence[Chat]) -> None:
+        for chat, row in zip(chats, _encode(self.renderer, chats), strict=True):
+            with _named(chat):
+                self.renderer.check(chat["messages"], row.input_ids)
+            self.roles.add("\n".join(message["role"] for message in chat["messages"]))
+        self.checked += len(chats)
 
 
 @contextmanager

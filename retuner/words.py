@@ -109,12 +109,14 @@ def provable_rule(plain: Any) -> Rule:
 
 def _places_by_pieces(vocabulary: Iterable[str]) -> "NDArray[Any]":
     """Cuts between two characters of ASCII that no piece holds side by side, and before spaces."""
+    import numpy as np
+
     places = _places_before_spaces()
     places[:128, :128] = YES
-    for piece in vocabulary:
-        for left, right in pairwise(piece.replace(SPACE, " ").encode()):
-            if left < 128 and right < 128:
-                places[left, right] = NO
+    letters = np.frombuffer("\0".join(vocabulary).replace(SPACE, " ").encode(), np.uint8)
+    left, right = letters[:-1], letters[1:]
+    ascii = (left | right) < 128
+    places[left[ascii], right[ascii]] = NO
     places[UNSAFE_ASCII, ord(" ")] = NO
     return places
 
