@@ -3,88 +3,31 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import loralib
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from exports import ALL, PATTERNS, SHAPES, TINY, adapter_on_base, difference, put_loralib, source, together
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from versions import MODEL, a_decision, empty_database, quickstart, runtime_on_file, small_adapter, some_run
 
-from flows.cli import app
-from retuner import bundle, registry, tracking
-from retuner.artifacts import BaseFacts
 from retuner.base import fetch_base, load_model, load_tokenizer
 from retuner.errors import Refused, Unavailable
 from retuner.export import export, publish
-from retuner.export_source import Source, base_of, source_of_folder, source_of_version
 from retuner.exported_model import base_and_adapter, exported
 from retuner.files import sha256_file
-from retuner.generation import adapter_on
 from retuner.loralib_file import read_settings
 from retuner.observe import Silent
-from retuner.params import SmolLM2Base, TinyBase, load
+from retuner.params import SmolLM2Base
 from retuner.parity import Behaviour, compare
 from retuner.smollm2 import GGUF_FILE, find_gguf
 from retuner.split_projections import unfused
-from retuner.store import Store
-
-ROOT = Path(__file__).parents[1]
-TINY = TinyBase(source="tiny", seed=7)
-ALL = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-PATTERNS = {
-    "rank_pattern": {"o_proj": 2, r"layers\.1\.self_attn\.qkv_proj": 6},
-    "alpha_pattern": {"down_proj": 3, "qkv_proj": 9},
-}
-SHAPES = ("merged", "split", "loralib", "gguf")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     return folder, fetch_base(folder, TINY, Silent())
-
-
-def adapter_on_base(base: Path, folder: Path, seed: int = 1, **lora) -> Path:
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "target_modules": ALL, "init_lora_weights": False, **lora}
-    )
-    adapted = get_peft_model(load_model(base, "float32", "sdpa", "cpu"), config)
-    for name, parameter in adapted.named_parameters():
-        if "modules_to_save.default" in name:
-            parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    # Without the embedding's own weights, which PEFT would put in.
-    adapted.save_pretrained(folder, save_embedding_layers=False)
-    return folder
-
-
-def source(base, adapter: Path) -> Source:
-    folder, facts = base
-    prompts = [[{"role": "user", "content": text}] for text in ("hello there", "what is this?", "a b c")]
-    return Source("test version 1", adapter, folder, {}, facts.stop_token_ids, 12, prompts, "this test")
-
-
-def ids():
-    torch.manual_seed(5)
-    return torch.randint(3, 300, (2, 40))
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(ids()).logits
-
-
-def together(base: Path, adapter: Path):
-    """Base and adapter as PEFT itself has them."""
-    return PeftModel.from_pretrained(load_model(base, "float32", "sdpa", "cpu"), str(adapter))
-
-
-def difference(one, other):
-    """The largest, as a share of the largest logit."""
-    ours, theirs = logits(one), logits(other)
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 # --- what each shape computes, to those who load it
@@ -206,15 +149,6 @@ def test_a_loralib_export_computes_the_same_in_loralib_itself(base, tmp_path):
         put_loralib(theirs, path, loralib.Linear, r=state[f"{path}.lora_B"].shape[1], lora_alpha=alpha)
     assert not theirs.load_state_dict(state, strict=False).unexpected_keys
     assert difference(theirs, together(base[0], adapter)) < 1e-5
-
-
-def put_loralib(model, path, kind, **options):
-    """Replace a linear layer by loralib's."""
-    old = model.get_submodule(path)
-    layer = kind(old.in_features, old.out_features, bias=False, **options)
-    layer.load_state_dict(old.state_dict(), strict=False)
-    model.get_submodule(path.rpartition(".")[0]).add_module(path.rpartition(".")[2], layer)
-    return layer
 
 
 def test_a_gguf_adapter_is_named_and_laid_out_as_llama_cpp_loads_it(base, tmp_path):
@@ -382,174 +316,6 @@ def test_logits_that_are_not_the_same_do_not_pass(wrong):
     reference = behaved([[9.0, 1.0]], [[0]])
     with pytest.raises(Refused, match="logits differ"):
         compare(reference, behaved([[wrong, 1.0]], [[0]]), "float32")
-
-
-# --- registered versions, imports, and the command line
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A home with a tiny base and a version of an adapter on it: the first has a report, the second none."""
-    home = tmp_path_factory.mktemp("project") / ".retuner"
-    runtime = replace(
-        runtime_on_file(home, empty_database(tmp_path_factory.getbasetemp() / "empty")), device="cpu"
-    )
-    base = base_of(TINY, runtime, Silent())
-    params = quickstart().model_copy(update={"base": TINY})
-    report = home / "evaluation"
-    report.mkdir()
-    asked = [{"prompt": [{"role": "user", "content": f"Colour of item {n}?"}]} for n in range(12)]
-    (report / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    for number in (1, 2):
-        folder = adapter_on_base(base.path, home / f"adapter-{number}", number)
-        (folder / "README.md").unlink()
-        sample = small_adapter(home / "sample", number)
-        sha = sha256_file(folder / "adapter_model.safetensors")
-        adapter = sample.model_copy(
-            update={"path": folder, "facts": sample.facts.model_copy(update={"sha256": sha})}
-        )
-        run, tags = some_run(runtime, key=str(number)), {}
-        if number == 1:
-            files = {f"{registry.REPORT}/{path.name}": path for path in report.iterdir()}
-            tracking.publish(run, files=files, tables={}, metrics={}, tags={}, note="")
-            tags["report_digest"] = bundle.digest_of(
-                {path.name: sha256_file(path) for path in report.iterdir()}
-            )
-        registry.register_version(
-            run, MODEL, adapter, base, params, a_decision(), None, tags=tags, lineage={}
-        )
-    return runtime
-
-
-def test_a_version_is_held_against_its_own_held_out_prompts(project, tmp_path):
-    found = source_of_version(project, MODEL, 1, tmp_path)
-    assert found.prompts_from == f"the held-out prompts of {MODEL} version 1"
-    assert len(found.prompts) == 12 and found.prompts[3][0]["content"] == "Colour of item 3?"
-    without = source_of_version(project, MODEL, 2, tmp_path)
-    assert (
-        without.prompts_from.startswith("a fixed set, because the files of the report of") and without.prompts
-    )
-    assert found.base_facts["source"] == "tiny" and found.base == without.base
-
-
-@pytest.fixture
-def cli(project, monkeypatch, capsys):
-    """`retuner` in this process, over the project; what it prints as JSON."""
-    monkeypatch.setenv("RETUNER_HOME", str(project.home))
-
-    def run(*arguments):
-        capsys.readouterr()
-        app([*map(str, arguments), "--json"], standalone_mode=False)
-        return json.loads(capsys.readouterr().out)
-
-    return run
-
-
-def test_a_registered_version_is_exported_by_one_command(cli, project):
-    made = cli("export", "1", "--to", "merged")
-    assert made["folder"] == str(project.home / "exports" / f"{MODEL}-1-merged")
-    assert made["source"]["name"] == f"{MODEL} version 1"
-    assert made["source"]["adapter_sha256"] == registry.tags_of(project, MODEL, 1)["adapter_sha256"]
-    assert made["parity"]["prompts"] == made["parity"]["equal_texts"] == 8
-    assert not list(project.home.glob("export-*")), "what was fetched to work on is gone"
-    with pytest.raises(Refused, match="is there already"):
-        cli("export", "1", "--to", "merged")
-    with pytest.raises(Refused, match="--to onnx"):
-        cli("export", "1", "--to", "onnx")
-    with pytest.raises(Refused, match="version 9 does not exist"):
-        cli("export", "9", "--to", "split")
-
-
-@pytest.fixture
-def tiny_params(tmp_path):
-    text = (ROOT / "params" / "smoke.yaml").read_text()
-    seed = load(ROOT / "params" / "smoke.yaml").base.seed
-    assert f"seed: {seed}" in text
-    (tmp_path / "tiny.yaml").write_text(text.replace(f"seed: {seed}", f"seed: {TINY.seed}", 1))
-    assert load(tmp_path / "tiny.yaml").base == TINY
-    return tmp_path / "tiny.yaml"
-
-
-def test_a_loralib_file_is_imported_evaluated_and_exported_again(cli, project, tiny_params, tmp_path):
-    """On the base itself: q and v of the fused projections, as the loralib of the tutorial has them."""
-    base = base_of(TINY, project, Silent()).path
-    theirs = load_model(base, "float32", "sdpa", "cpu")
-    torch.manual_seed(3)
-    for layer in range(2):
-        path = f"model.layers.{layer}.self_attn.qkv_proj"
-        options = {"r": 4, "lora_alpha": 16, "enable_lora": [True, False, False, True]}
-        put_loralib(theirs, path, loralib.MergedLinear, **options)
-        put_loralib(theirs, f"model.layers.{layer}.mlp.down_proj", loralib.Linear, r=4, lora_alpha=16)
-    for name, parameter in theirs.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn_like(parameter) * 0.3
-    theirs.train()
-    save_file(loralib.lora_state_dict(theirs), tmp_path / "theirs.safetensors")
-
-    given = ("--alpha", "16", "--rank", "4", "--enable-lora", "qkv_proj=1,0,0,1")
-    folder = tmp_path / "imported"
-    made = cli(
-        "import", "loralib", tmp_path / "theirs.safetensors", "--base", tiny_params, *given, "--to", folder
-    )
-    assert made["layers"] == 4 and made["base"] == "tiny"
-    assert {path.name for path in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
-    assert difference(together(base, folder), theirs) < 1e-5
-    scored = load_model(base, "float32", "sdpa", "cpu")
-    with adapter_on(scored, folder):  # as the evaluation puts adapters on
-        assert difference(scored, theirs) < 1e-5
-
-    again = cli(
-        *(
-            "export",
-            folder,
-            "--base",
-            tiny_params,
-            "--to",
-            "loralib",
-            "--out",
-            tmp_path / "again",
-            *given[-2:],
-        )
-    )
-    assert again["parity"]["equal_texts"] == 8 and again["parity"]["prompts_from"] == "a fixed set"
-    assert (tmp_path / "again" / "lora_state_dict.safetensors").read_bytes() == (
-        tmp_path / "theirs.safetensors"
-    ).read_bytes()
-
-    settings = tmp_path / "again" / "loralib.yaml"
-    cli(
-        *("import", "loralib", tmp_path / "again" / "lora_state_dict.safetensors", "--settings", settings),
-        *("--base", tiny_params, "--to", tmp_path / "thrice"),
-    )
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "thrice" / name).read_bytes() == (folder / name).read_bytes()
-
-
-def test_an_import_that_is_refused_writes_nothing(cli, tiny_params, tmp_path):
-    save_file({"x.lora_A": torch.ones(2, 2), "x.lora_B": torch.ones(2, 2)}, tmp_path / "state")
-    command = ("import", "loralib", tmp_path / "state", "--base", tiny_params, "--to", tmp_path / "to")
-    with pytest.raises(Refused, match="the base has no layer x"):
-        cli(*command, "--alpha", "1")
-    with pytest.raises(Refused, match="neither --alpha nor --settings"):
-        cli(*command)
-    with pytest.raises(Refused, match="--enable-lora x=yes"):
-        cli(*command, "--alpha", "1", "--enable-lora", "x=yes")
-    with pytest.raises(Refused, match="bias:"):
-        cli(*command, "--alpha", "1", "--bias", "some")
-    assert {path.name for path in tmp_path.iterdir()} == {"state", "tiny.yaml"}
-
-
-def test_a_base_in_the_store_is_not_fetched_again(project, monkeypatch):
-    made = base_of(TINY, project, Silent())
-    store = Store(project.store)
-    assert [m["stage"] for m in store.manifests()].count("fetch_base") == 1
-    assert base_of(TINY, project, Silent()) == made
-    assert made.facts == BaseFacts.model_validate(store.manifest(made.fingerprint)["facts"])
-
-
-def test_a_folder_without_an_adapter_is_refused(project, tmp_path):
-    with pytest.raises(Refused, match=r"has no adapter_model\.safetensors"):
-        source_of_folder(tmp_path, quickstart(), base_of(TINY, project, Silent()))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"peft_type": "IA3"}', '{"peft_type": "LORA", "r": "x"}'])
