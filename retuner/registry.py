@@ -43,8 +43,6 @@ REQUIREMENTS = ("filelock", "gguf", "jinja2", "mlflow", "peft", "pydantic", "tor
 FIRST = {"split_rule", "held_out_digest", "held_out_splits"}
 """Tags of the first run that made an adapter: another split can end in the same bytes."""
 
-SEALED = {"logged_model", "bundle_sha256"}
-
 REPORT = "evaluation"
 """Where in a run's artifacts `report.json`, `answers.jsonl` and `losses.jsonl` lie."""
 
@@ -237,8 +235,8 @@ def version_tags(runtime: Runtime, model_name: str, version: int) -> dict[str, s
 
 def versions_of(runtime: Runtime, model_name: str, adapter_sha256: str) -> list[int]:
     """The versions of an adapter, through mlflow: one, but while several processes register it."""
-    with mlflow_said(runtime):
-        return [int(v.version) for v in _versions(mlflow_client(runtime), model_name, adapter_sha256)]
+    found = sorted(all_tags(runtime, model_name).items())
+    return [version for version, tags in found if tags.get("adapter_sha256") == adapter_sha256]
 
 
 def version_of_run(runtime: Runtime, model_name: str, run_id: str) -> int | None:
@@ -287,13 +285,9 @@ def _reconcile(client: MlflowClient, model_name: str, adapter_sha256: str, say: 
 
 
 def _update_tags(client: MlflowClient, model_name: str, version: Any, tags: dict[str, str]) -> None:
+    kept = {"logged_model", "bundle_sha256", *(FIRST & version.tags.keys())}
     for key, value in tags.items():
-        first_stays = key in FIRST and key in version.tags
-        if (
-            key not in ("logged_model", "bundle_sha256")
-            and not first_stays
-            and version.tags.get(key) != value
-        ):
+        if key not in kept and version.tags.get(key) != value:
             again(client.set_model_version_tag, model_name, version.version, key, value)
 
 
