@@ -208,7 +208,7 @@ def test_more_bad_rows_than_allowed_are_refused_with_the_first_places_and_all_ca
     with pytest.raises(Refused) as refusal:
         stage({"a.jsonl": some_rows(30), "b.jsonl": b'{"prompt": NaN}\n' * 4 + b"oops\n" * 4}, max_bad_rows=7)
     message = str(refusal.value)
-    assert "8 of 38 rows" in message and "b.jsonl:1 not_a_number" in message and "and 3 more" in message
+    assert "8 of 38 rows" in message and "b.jsonl:1:12 not_a_number" in message and "and 3 more" in message
     assert "bad_json 4" in message and "not_a_number 4" in message
     assert "at most 7" in refusal.value.expected and "max_bad_rows to 8" in refusal.value.do
 
