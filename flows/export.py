@@ -85,10 +85,12 @@ def import_loralib(
     from retuner.export import publish, refuse_existing
     from retuner.export_source import base_of
     from retuner.files import sha256_file
-    from retuner.lora_file import WEIGHTS, empty_model, write_lora
+    from retuner.lora import WEIGHTS
+    from retuner.lora_file import write_lora
     from retuner.loralib_file import check_settings, read_settings, read_state
     from retuner.loralib_format import from_loralib
     from retuner.params import load
+    from retuner.skeleton import empty_model
 
     given: dict[str, Any] = {"alpha": alpha, "rank": rank, "enable_lora": _parts(enable_lora), "bias": bias}
     if (alpha is None) == (settings is None):

@@ -20,12 +20,14 @@ from retuner.exported_model import Shape, base_and_adapter, exported
 from retuner.files import disk_full_said, fsync_folder, fsync_tree, sha256_file
 from retuner.fingerprint import library_versions
 from retuner.gguf_adapter import write_gguf
-from retuner.lora_file import WEIGHTS, empty_model, read_lora
+from retuner.lora import WEIGHTS
+from retuner.lora_file import read_lora
 from retuner.loralib_file import write_state
 from retuner.loralib_format import to_loralib
 from retuner.merged import write_merged
 from retuner.observe import Observer
 from retuner.parity import compare
+from retuner.skeleton import empty_model
 from retuner.split_projections import write_split
 
 SHAPES: tuple[Shape, ...] = get_args(Shape)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from retuner.errors import Refused
-from retuner.lora_file import empty_model, read_lora, refuse_beyond_lora
+from retuner.lora_file import read_lora, refuse_beyond_lora
+from retuner.skeleton import empty_model
 
 FILE = "adapter.gguf"
 INSTEAD = "export it --to merged, and convert that with llama.cpp's convert_hf_to_gguf.py"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from retuner.errors import Refused
+from retuner.lora import CONFIG, WEIGHTS
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 _PAIRED = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 _BIAS = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.bias")
@@ -152,13 +152,3 @@ def refuse_not_finite(tensors: Mapping[str, Any], what: str) -> None:
             "finite numbers",
             "use another checkpoint: the training had broken down when this one was saved",
         )
-
-
-def empty_model(base: Path) -> Any:
-    """The base's model without memory for its weights, from its config alone."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)

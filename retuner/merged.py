@@ -6,7 +6,8 @@ from pathlib import Path
 
 from retuner.base import load_model
 from retuner.generation import put_on
-from retuner.lora_file import PREFIX, WEIGHTS
+from retuner.lora import WEIGHTS
+from retuner.lora_file import PREFIX
 from retuner.parity import untie
 from retuner.tiny_phi3 import write_json
 

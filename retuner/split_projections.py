@@ -15,12 +15,12 @@ from retuner.lora_file import (
     PREFIX,
     Layer,
     LoraFile,
-    empty_model,
     read_lora,
     refuse_beyond_lora,
     target_names,
     write_lora,
 )
+from retuner.skeleton import empty_model
 
 SHARED_BY = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
