@@ -102,7 +102,7 @@ class Ours:
             built["prepare"] = time.perf_counter() - start
             return made
 
-        split = self.store.make("prepare", {"run": run}, SplitsFacts, prepare)
+        split = self.store.make("prepare", {"stage": "prepare", "run": run}, SplitsFacts, prepare)
 
         def template(out: Path, work: Path) -> ChatsFacts:
             start = time.perf_counter()
@@ -110,7 +110,7 @@ class Ours:
             built["template"] = time.perf_counter() - start
             return made
 
-        made = self.store.make("template", {"run": run}, ChatsFacts, template)
+        made = self.store.make("template", {"stage": "template", "run": run}, ChatsFacts, template)
         sealing = time.perf_counter() - began - sum(built.values())
         return Stages(**built, sealing=sealing, splits=split, chats=made)
 
