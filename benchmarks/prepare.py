@@ -77,13 +77,12 @@ class Ours:
     home: Path
     tokenizer: Path
     store: Store = field(init=False)
-    runs: int = 0
 
     def __post_init__(self) -> None:
         self.store = Store(self.home)
 
     def run(self, file: Path) -> Stages:
-        self.runs += 1
+        run = time.time_ns()  # nothing is served from the store, only from the memo
         params = load(PARAMS, (f"template.max_tokens={MAX_TOKENS}", f"template.pack_tokens={MAX_TOKENS}"))
         data = DataFile(file.name, file, file.stat().st_size, "0" * 32)
         dataset = Dataset("0" * 32, "data.dvc", file.parent, (data,))
@@ -103,7 +102,7 @@ class Ours:
             built["prepare"] = time.perf_counter() - start
             return made
 
-        split = self.store.make("prepare", {"run": self.runs}, SplitsFacts, prepare)
+        split = self.store.make("prepare", {"stage": "prepare", "run": run}, SplitsFacts, prepare)
 
         def template(out: Path, work: Path) -> ChatsFacts:
             start = time.perf_counter()
@@ -111,7 +110,7 @@ class Ours:
             built["template"] = time.perf_counter() - start
             return made
 
-        made = self.store.make("template", {"run": -self.runs}, ChatsFacts, template)
+        made = self.store.make("template", {"stage": "template", "run": run}, ChatsFacts, template)
         sealing = time.perf_counter() - began - sum(built.values())
         return Stages(**built, sealing=sealing, splits=split, chats=made)
 

@@ -52,8 +52,8 @@ NO, YES, ASK = 0, 1, 2
 
 CHECKED_TEXTS = 256
 """How many of the first texts are tokenised whole too, for comparison."""
-MOST_UNITS = 400_000
-MOST_UNIT_BYTES = 32 << 20
+MOST_UNITS = 200_000
+MOST_UNIT_BYTES = 16 << 20
 """Above either, all units are forgotten before the next texts, so that memory is bounded."""
 
 
