@@ -203,16 +203,19 @@ class Fork:
 
 
 @contextmanager
-def trainings() -> Iterator[Callable[[Path], Fork]]:
-    """Starts trainings in another process, with another order of sets."""
+def trainings() -> Iterator[Callable[..., Fork]]:
+    """Starts trainings in another process, with another order of sets.
+
+    One `to_be_killed` that comes to its end waits there for it, so that the kill never comes too late.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"}
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         [sys.executable, __file__], env=environment, stdin=pipe, stdout=pipe, text=True
     )
 
-    def start(folder: Path) -> Fork:
-        process.stdin.write(f"{folder}\n")
+    def start(folder: Path, to_be_killed: bool = False) -> Fork:
+        process.stdin.write(json.dumps([str(folder), to_be_killed]) + "\n")
         process.stdin.flush()
         return Fork(int(process.stdout.readline()), process)
 
@@ -222,19 +225,17 @@ def trainings() -> Iterator[Callable[[Path], Fork]]:
 
 
 def killed_thrice(
-    folder: Path, start: Callable[[Path], Fork], at_least: tuple[int, int, int]
+    folder: Path, start: Callable[..., Fork], at_least: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """What a training says that is killed some time after it has sealed each of these steps, until it is done."""
+    """What a training says that is killed some time after it has sealed each of these steps, and then is not."""
     draw = random.Random(time.time_ns())
     for step in at_least:
-        training = start(folder)
+        training = start(folder, to_be_killed=True)
         _wait_for_checkpoint(folder / "work" / "sealed", step)
         time.sleep(draw.uniform(0, 0.3))
         training.kill()
-        if training.wait() == 0:
-            break  # It was done before it could be killed.
-    else:
-        assert start(folder).wait() == 0
+        assert training.wait() == -signal.SIGKILL
+    assert start(folder).wait() == 0
     return json.loads((folder / "done.json").read_text())
 
 
@@ -253,12 +254,15 @@ def main() -> None:
 
     assert peft.LoraConfig and trl.SFTTrainer and trl.SFTConfig
     for number, line in enumerate(sys.stdin):
-        folder, child = Path(line.rstrip("\n")), os.fork()
+        asked_folder, to_be_killed = json.loads(line)
+        folder, child = Path(asked_folder), os.fork()
         if not child:
             heard, asked = Heard(), params()
             if (folder / "asked.json").exists():
                 asked = TrainParams.model_validate_json((folder / "asked.json").read_bytes())
             facts = run(folder, asked, heard, out=f"out-{number}")
+            while to_be_killed:
+                signal.pause()
             done = {"sha256": facts.sha256, "lines": heard.lines}
             (folder / "done.json").write_text(json.dumps(done))
             os._exit(0)
