@@ -224,9 +224,7 @@ def trainings() -> Iterator[Callable[..., Fork]]:
     process.wait(60)
 
 
-def killed_thrice(
-    folder: Path, start: Callable[..., Fork], at_least: tuple[int, int, int]
-) -> dict[str, Any]:
+def killed_thrice(folder: Path, start: Callable[..., Fork], at_least: tuple[int, int, int]) -> dict[str, Any]:
     """What a training says that is killed some time after it has sealed each of these steps, and then is not."""
     draw = random.Random(time.time_ns())
     for step in at_least:
