@@ -34,7 +34,8 @@ class Counter:
 
 
 def run(module: str, options: list[str]) -> int:
-    """Fuzz until libFuzzer's `options` say that it is enough, or something is found. Returns the exit status."""
+    """Fuzz until libFuzzer's `options` say that it is enough, or something is found; with the names of findings among
+    them, run those again instead. Returns the exit status."""
     FINDINGS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as work:
         begun = time.monotonic()
@@ -85,7 +86,11 @@ def start(
         "-max_len=4096",
         "-timeout=60",
     ]
-    atheris.Setup([*arguments, *options, str(corpus)], lambda data: counter.add(test_one(data)))
+    findings = [option for option in options if not option.startswith("-")]
+    atheris.Setup(
+        [*arguments, *options, *([] if findings else [str(corpus)])],
+        lambda data: counter.add(test_one(data)),
+    )
     atheris.Fuzz()
 
 

@@ -3,10 +3,10 @@
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from json.encoder import encode_basestring  # type: ignore[attr-defined]
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from retuner.naming import draw_of, names_of
 from retuner.redaction import redacted
 from retuner.rows import HEAD, Batch
 from retuner.sketch import sketches, word_hashes, words_of
+
+if TYPE_CHECKING:
+    from retuner.reading_ahead import ReadingAhead
 
 SEGMENT_BYTES = 2**18
 SEGMENT_ROWS = 2**12
@@ -90,26 +93,38 @@ class Reading:
 
     format: str
     columns: dict[str, str] | None = None
-    redact: tuple[str, ...] = ()
+    redact: Sequence[str] = ()
     memo: Memo | None = None
     salt: str = ""
 
-    def segments(self, file: DataFile) -> Iterator[tuple[int, Segment]]:
+    def segments(self, file: DataFile, ahead: "ReadingAhead | None" = None) -> Iterator[tuple[int, Segment]]:
         """The line of the file at which a block begins, with each segment of the block.
 
         Errors: Refused for a file of another kind, Unavailable for one that cannot be read.
         """
         found = format_of_file(file, self.format, self.columns)
-        for block in blocks(file):
+        for block in ahead.of(blocks(file), found) if ahead else blocks(file):
             for segment in self._of_block(block, found):
                 yield block.first_line, segment
+
+    def remembers(self, block: Block, found: str | None) -> bool:
+        """Whether the memo has the block, of a file of the format `found`."""
+        return self.memo is not None and self.memo.has(self._name(block, found))
+
+    def remember(self, block: Block, found: str | None) -> None:
+        """Put the block into the memo. Errors: Refused."""
+        for _ in self._of_block(block, found):
+            pass
+
+    def _name(self, block: Block, found: str | None) -> str:
+        settings = [self.format, self.columns, list(self.redact), self.salt]
+        return fingerprint({"bytes": block.sha256, "format": found, "settings": settings})
 
     def _of_block(self, block: Block, found: str | None) -> Iterator[Segment]:
         if self.memo is None:
             yield from self._parsed(block, found)
             return
-        settings = [self.format, self.columns, list(self.redact), self.salt]
-        name = fingerprint({"bytes": block.sha256, "format": found, "settings": settings})
+        name = self._name(block, found)
         if pieces := self.memo.read(name):
             yield from map(Segment.unpacked, pieces)
             return
@@ -131,7 +146,7 @@ class Reading:
 class _Making:
     """A segment in the making."""
 
-    def __init__(self, redact: tuple[str, ...], salt: str):
+    def __init__(self, redact: Sequence[str], salt: str):
         self.redact, self.salt = redact, salt
         self.rows, self.bytes = 0, 0
         self.format: str | None = None

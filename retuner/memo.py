@@ -27,7 +27,11 @@ READ_BYTES = 2**20
 
 class Memo:
     def __init__(self, root: Path, key: str):
-        self.root, self.folder = root, root / key
+        self.root, self.key, self.folder = root, key, root / key
+
+    def has(self, name: str) -> bool:
+        """Whether there is an entry, damaged or not."""
+        return (self.folder / name).exists()
 
     def read(self, name: str) -> Iterator[bytes] | None:
         """The pieces of an entry, all verified before the first is given; None when it is not there or damaged."""

@@ -178,19 +178,22 @@ def _read(
     files: list[DataFile], reading: "Reading", counts: "Counts", parted: "Parted", observer: Observer
 ) -> None:
     """Errors: Refused, naming every file that is of another kind."""
+    from retuner.reading_ahead import ReadingAhead
+
     counts.formats.update(dict.fromkeys((file.relpath for file in files), "none"))
     refusals = []
-    for number, file in enumerate(files, 1):
-        try:
-            for line, segment in reading.segments(file):
-                counts.add(file.relpath, line, segment.notes)
-                parted.add(segment.batch)
-        except Refused as refusal:
-            refusals.append(refusal)
-        else:
-            rows = counts.rows_by_file[file.relpath]
-            observer.say(f"{file.relpath}: {rows:,} rows, format {counts.formats[file.relpath]}")
-        observer.progress("files read", number, len(files))
+    with ReadingAhead(reading) as ahead:
+        for number, file in enumerate(files, 1):
+            try:
+                for line, segment in reading.segments(file, ahead):
+                    counts.add(file.relpath, line, segment.notes)
+                    parted.add(segment.batch)
+            except Refused as refusal:
+                refusals.append(refusal)
+            else:
+                rows = counts.rows_by_file[file.relpath]
+                observer.say(f"{file.relpath}: {rows:,} rows, format {counts.formats[file.relpath]}")
+            observer.progress("files read", number, len(files))
     if len(refusals) == 1:
         raise refusals[0]
     if refusals:

@@ -74,16 +74,18 @@ def _records(relpath: str, stream: BinaryIO) -> Iterator[tuple[int, bytes, bool]
 
     A line break ends a record when the quotes before it are even in number, which in RFC 4180 is always so.
     """
-    line, first, record, quotes, size = 0, 1, bytearray(), 0, 0
+    line, first, record, quotes, returns, size, before = 0, 1, bytearray(), 0, 0, 0, b""
     while piece := stream.readline(CHUNK_BYTES):
         record += piece[: MAX_ROW_BYTES + 1 - len(record)]
         quotes, size = quotes + piece.count(b'"'), size + len(piece)
+        returns += piece.count(b"\r") - (before + piece[-2:]).endswith(b"\r\n")
+        before = piece[-1:]
         if not piece.endswith(b"\n"):
             continue
         line += 1
         if quotes % 2 == 0:
-            yield from _record(relpath, first, record, size, quotes)
-            first, quotes, size = line + 1, 0, 0
+            yield from _record(relpath, first, record, size, quotes or returns)
+            first, quotes, returns, size = line + 1, 0, 0, 0
             record.clear()
     if quotes % 2:
         raise Refused(
@@ -91,17 +93,18 @@ def _records(relpath: str, stream: BinaryIO) -> Iterator[tuple[int, bytes, bool]
             QUOTING,
             "close it, or write the file anew with a CSV library",
         )
-    yield from _record(relpath, first, record, size, quotes)
+    yield from _record(relpath, first, record, size, quotes or returns)
 
 
 def _record(
-    relpath: str, line: int, record: bytearray, size: int, quotes: int
+    relpath: str, line: int, record: bytearray, size: int, doubtful: int
 ) -> Iterator[tuple[int, bytes, bool]]:
+    """`doubtful`: how many quotes, or carriage returns that end no line, the record has."""
     too_long = size > MAX_ROW_BYTES
-    if too_long and quotes:
+    if too_long and doubtful:
         raise Refused(
-            f"{relpath}:{line} a row with quotes is longer than {MAX_ROW_BYTES:,} bytes, so that it cannot be told "
-            "whether it ends where it seems to",
+            f"{relpath}:{line} a row with quotes or carriage returns is longer than {MAX_ROW_BYTES:,} bytes, so that "
+            "it cannot be told whether it ends where it seems to",
             "rows of fewer bytes",
             "take it out, or shorten it",
         )

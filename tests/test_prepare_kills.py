@@ -29,6 +29,7 @@ if seconds := float(sys.argv[1]):
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
 before = os.times().user
 made, cached = carry_out(context, step)
+signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 print(made.digest, "cached" if cached else "computed", os.times().user - before)
 """
 

@@ -208,6 +208,8 @@ CSV = {
     "two-formats": b"question,answer,prompt,completion\nq,a,p,c\n",
     "row-too-long": b"question,answer\n" + b"a" * (5 * 2**20) + b",a\nq,a\n",
     "row-too-long-in-quotes": b'question,answer\n"' + b"a" * (5 * 2**20) + b'",a\nq,a\n',
+    "row-too-long-of-many-lines": b"question,answer\n" + b"q,a\r" * 2**20 + b"\nq,a\n",
+    "row-too-long-behind-a-return": b"question,answer\r\n" + b"a" * (5 * 2**20) + b",a\r\nq,a\r\n",
     "quotes-astray-behind-a-bad-byte": b'question,answer\nan 8" \xff\npipe" one,a\nq,a\n',
 }
 
