@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from retuner.near import Found
-from retuner.rows import PARTS, Ordered, Records
+from retuner.rows import PARTS, Ordered, Records, parts_at_once
 
 BOILERPLATE = 10
 SHORT, LONG = 8, 13
@@ -79,8 +79,10 @@ class Runs:
     def found(self, size: int, usable: Any) -> Found:
         """Train rows that share a run of `size` words with a held-out row."""
         found = Found(np.zeros(len(self.rows), bool))
-        for part in range(PARTS):
-            held, runs = self.held_out[size].part(part), self.train[size].part(part)
+        held_out, train = self.held_out[size], self.train[size]
+        several = parts_at_once((held_out.count + train.count) * GRAM.itemsize)
+        for part in range(0, PARTS, several):
+            held, runs = held_out.part(part, several), train.part(part, several)
             if not len(held) or not len(runs):
                 continue
             hashes, first = np.unique(held["hash"], return_index=True)

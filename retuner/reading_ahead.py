@@ -141,6 +141,8 @@ def main() -> None:
     while line := requests.readline():
         asked = json.loads(line)
         data = requests.read(asked["bytes"])
+        if len(data) < asked["bytes"]:
+            return  # the reader was killed while it wrote
         file = DataFile(asked["file"], Path(asked["file"]), len(data), "")
         with suppress(Refused):
             reading.remember(Block(file, asked["line"], asked["sha256"], data), asked["found"])

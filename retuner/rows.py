@@ -30,6 +30,7 @@ LEAN = np.dtype(HEAD.descr[:-1])
 """A head without its sketch."""
 PARTS = 256
 RUN_BYTES = 16 * 2**20
+"""Of what is sorted in memory at once."""
 CHUNK_ROWS = 2**15
 CHUNK_WORDS = 2**18
 PAGE_ROWS = 2**13
@@ -69,6 +70,14 @@ def concatenated(batches: list[Batch]) -> Batch:
     return Batch(heads, b"".join([batch.bodies for batch in batches]))
 
 
+def parts_at_once(size: int) -> int:
+    """How many parts, a power of two, may be in memory together when all have `size` bytes."""
+    several = PARTS
+    while several > 1 and size * several > RUN_BYTES * PARTS:
+        several //= 2
+    return several
+
+
 class Records:
     """Fixed-size records in a file, to be read back by parts: those of one part come together."""
 
@@ -88,11 +97,11 @@ class Records:
         self.count += len(records)
         return order
 
-    def part(self, part: int) -> Any:
-        """The records of a part, those of an earlier run first."""
+    def part(self, part: int, parts: int = 1) -> Any:
+        """The records of a part, or of several from it on; those of an earlier run first."""
         size, pieces = self.dtype.itemsize, []
         for begin, begins in self.runs:
-            first, last = begin + int(begins[part]), begin + int(begins[part + 1])
+            first, last = begin + int(begins[part]), begin + int(begins[part + parts])
             if first < last:
                 pieces.append(_read(self.file, first * size, (last - first) * size))
         return np.frombuffer(b"".join(pieces), self.dtype)
@@ -118,11 +127,12 @@ class Parted:
             self._write()
 
     def parts(self) -> Iterator[Batch]:
-        """All rows of a part at once, the parts in order."""
+        """All rows of a part at once, the parts in order; of few rows those of several parts."""
         if self.waiting:
             self._write()
-        for part in range(PARTS):
-            heads = self.heads.part(part)
+        several = parts_at_once(self.heads.count * HEAD.itemsize + self.written)
+        for part in range(0, PARTS, several):
+            heads = self.heads.part(part, several)
             if len(heads):
                 yield Batch(heads, self._bodies(heads))
 
