@@ -24,7 +24,9 @@ import psutil
 
 from retuner.errors import Unavailable
 from retuner.files import write_whole
+from retuner.registry_reads import sqlite_path
 from retuner.runtime import QUIET, Runtime
+from retuner.tracking import make_database
 
 START_SECONDS = 120
 """A first start creates a database, which takes half a minute on a busy machine."""
@@ -196,6 +198,8 @@ def _prefect(runtime: Runtime, port: int) -> Iterator[Server]:
 def _mlflow(runtime: Runtime, port: int) -> Iterator[Server]:
     port = _free_port(port)
     runtime.mlflow_artifacts.mkdir(parents=True, exist_ok=True)
+    if path := sqlite_path(runtime.mlflow_uri):
+        make_database(path)
     names = f"127.0.0.1:{port},localhost:{port}"
     environment = {
         # Not among the arguments, where a database's password would be everyone's to read.

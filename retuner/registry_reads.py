@@ -197,13 +197,14 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def _query(path: Path, sql: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Rows, none where the file or the table is not there yet. Never creates or changes the file."""
+    """Rows, none where the file or the table is not there yet. Never creates the file, nor changes it but for rolling
+    back what a killed writer left half done: for that it is not opened read-only."""
     import sqlite3
 
     if not path.exists():
         return []
     try:
-        address = f"{path.absolute().as_uri()}?mode=ro"
+        address = f"{path.absolute().as_uri()}?mode=rw"
         with closing(sqlite3.connect(address, uri=True, timeout=5.0)) as connection:
             return connection.execute(sql, values).fetchall()
     except sqlite3.DatabaseError as error:

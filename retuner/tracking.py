@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from retuner.errors import Refused, Unavailable
-from retuner.files import disk_full_said
+from retuner.files import disk_full_said, fsync_folder, fsync_tree
 from retuner.mlflow_rest import check_health, is_server, without_credentials
 from retuner.registry_reads import sqlite_path
 from retuner.run_page import flat
@@ -37,6 +37,7 @@ T = TypeVar("T")
 KEY_TAG = "retuner.key"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """So that MLflow's page opens on training runs; left to itself it takes tables of answers for an agent's."""
+DATABASE_DRAFT = ".new-database-"
 BATCH = 100
 """Params or tags that MLflow takes in one call."""
 
@@ -205,15 +206,32 @@ def _client_of(uri: str) -> MlflowClient:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     if path := sqlite_path(uri):
-        from filelock import FileLock
+        make_database(path)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f"{path.name}.lock")):  # two that make the tables at once both fail
+
+def make_database(path: Path) -> None:
+    """MLflow's SQLite file, whole, where there is none. MLflow itself makes it table by table, and one that was killed
+    half-way would never open again."""
+    from filelock import FileLock
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f"{path.name}.lock")):
+        if path.exists():
+            return
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=DATABASE_DRAFT) as folder:
+            for left in path.parent.glob(f"{DATABASE_DRAFT}*"):
+                if left != Path(folder):
+                    shutil.rmtree(left)
+            draft = Path(folder, path.name)
+            client = MlflowClient(tracking_uri=f"sqlite:///{draft}", registry_uri=f"sqlite:///{draft}")
             client.search_experiments(max_results=1)
             client.search_registered_models(max_results=1)
-    return client
+            fsync_tree(Path(folder))
+            os.replace(draft, path)
+            fsync_folder(path.parent)
 
 
 def mlflow_client(runtime: Runtime) -> MlflowClient:

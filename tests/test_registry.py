@@ -1,10 +1,13 @@
 """Runs and versions in real MLflow stores: a SQLite file, and a server on loopback."""
 
 import json
+import signal
 import sqlite3
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -550,3 +553,44 @@ def test_only_a_run_that_still_runs_is_killed(on_file):
         tracking.kill_if_running(on_file, run_id)
     assert client.get_run(running.run_id).info.status == "KILLED"
     assert client.get_run(ended.run_id).info.status == "FINISHED"
+
+
+MAKES_A_DATABASE = """
+import sys
+from pathlib import Path
+from retuner.tracking import make_database
+make_database(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("growth", [1, 30_000, 300_000])
+def test_a_database_whose_making_was_killed_is_made_anew(tmp_path, growth):
+    path = tmp_path / "mlflow" / "mlflow.db"
+    making = subprocess.Popen([sys.executable, "-c", MAKES_A_DATABASE, str(path)])
+    while not any(draft.stat().st_size >= growth for draft in path.parent.glob("*/mlflow.db")):
+        assert making.poll() is None
+    making.kill()
+    assert making.wait() == -signal.SIGKILL and not path.exists()
+    assert registry.alias(Runtime(home=tmp_path), MODEL, "production") is None
+    assert sorted(left.name for left in path.parent.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+LEAVES_A_JOURNAL = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.execute("PRAGMA cache_size = 1")
+connection.execute("UPDATE registered_model_aliases SET version = 7")
+connection.executemany("INSERT INTO tags VALUES (?, ?, ?)", [(f"k{n}", "v" * 900, "r") for n in range(3000)])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_left_half_done_is_rolled_back_when_it_is_read(on_file, tmp_path):
+    version = register(on_file, tmp_path, 1.0)
+    registry.set_alias(on_file, MODEL, "production", version)
+    path = registry_reads.sqlite_path(on_file.mlflow_uri)
+    subprocess.run([sys.executable, "-c", LEAVES_A_JOURNAL, str(path)], check=False)
+    assert path.with_name(f"{path.name}-journal").exists()
+    assert registry_reads.read_alias(on_file, MODEL, "production") == version
