@@ -73,7 +73,7 @@ class Segment:
     batch: Batch
 
     def packed(self) -> bytes:
-        notes = json.dumps(asdict(self.notes)).encode()
+        notes = json.dumps(vars(self.notes)).encode()
         heads = self.batch.heads.tobytes()
         return b"".join([NOTES.pack(len(notes), len(heads)), notes, heads, self.batch.bodies])
 

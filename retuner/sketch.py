@@ -50,7 +50,7 @@ def words_of(messages: Iterable[dict[str, str]]) -> list[bytes]:
     said = " ".join([turn["content"] for turn in messages if turn["role"] != "system"])
     if said.isascii():
         return said.encode().translate(_ASCII_WORDS).split()
-    return [word.encode() for word in _WORD.findall(said.casefold())]
+    return " ".join(_WORD.findall(said.casefold())).encode().split()
 
 
 def word_hashes(words: Sequence[bytes]) -> Any:
