@@ -14,6 +14,7 @@ from typing import Any
 
 from retuner import bundle
 from retuner.errors import RetunerError, Unavailable
+from retuner.params import Sampling
 from retuner.runtime import Runtime
 
 DIGESTS = ("weights_sha256", "tokenizer_sha256", "template_sha256")
@@ -40,6 +41,8 @@ class Answering:
         from retuner.generation import Answerer
 
         self.settings = json.loads((parts / Path(bundle.SETTINGS).name).read_bytes())
+        drawn = self.settings["sampling"]
+        self.sampling = Sampling.model_validate(drawn) if drawn else None
         base = base_folder(self.settings["base"], runtime)
         self._answerer = Answerer(
             base,
@@ -50,7 +53,7 @@ class Answering:
         )
 
     def answer(self, messages: Sequence[dict[str, str]], max_new_tokens: int | None = None) -> Answer:
-        """Greedy. `max_new_tokens` is the evaluation's unless given.
+        """Greedy or drawn as in the evaluation, whose `max_new_tokens` it is unless given.
 
         Errors: Refused for roles the template does not know, empty messages, and too long conversations.
         """
@@ -60,7 +63,15 @@ class Answering:
         prompt = self._answerer.renderer.encode_prompt(messages)
         stops = self.settings["stop_token_ids"]
         tokenizer, model = self._answerer.tokenizer, self._answerer.model
-        [tokens] = generate(model, [prompt], stops, pad_token_id(tokenizer, stops), limit, batch_size=1)
+        [tokens] = generate(
+            model,
+            [prompt],
+            stops,
+            pad_token_id(tokenizer, stops),
+            limit,
+            batch_size=1,
+            sampling=self.sampling,
+        )
         room = min(limit, model.config.max_position_embeddings - len(prompt))
         return Answer(decode(tokenizer, [tokens])[0], len(prompt), len(tokens), finished=len(tokens) < room)
 

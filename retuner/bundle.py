@@ -54,6 +54,7 @@ def stage_parts(folder: Path, adapter: Adapter, base: Base, params: Params, line
         "precision": params.train.precision,
         "attention": params.train.attention,
         "max_new_tokens": params.evaluate.max_new_tokens,
+        "sampling": params.evaluate.model_dump(mode="json")["sampling"],
         "stop_token_ids": list(base.facts.stop_token_ids),
     }
     _write_json(folder / SETTINGS, settings)

@@ -79,6 +79,7 @@ def evaluate(
                 params.max_new_tokens,
                 params.batch_size,
                 progress(name, "answers", len(rows)),
+                params.sampling,
             )
         answers[name] = decode(tokenizer, tokens)
 

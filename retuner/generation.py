@@ -1,4 +1,4 @@
-"""Answers from a causal model: greedy, batched, and with an adapter put on for a while.
+"""Answers from a causal model: greedy or drawn, batched, and with an adapter put on for a while.
 
 Evaluation and serving share this, so that what is measured is what is served.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from retuner.errors import Refused, Unavailable
+from retuner.params import Sampling
 
 Progress = Callable[[int, int], None]
 
@@ -22,8 +23,10 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     progress: Progress = lambda done, total: None,
+    sampling: Sampling | None = None,
 ) -> list[list[int]]:
-    """The most probable continuation of each prompt, token by token, in the order of the prompts.
+    """The most probable continuation of each prompt, token by token, in the order of the prompts; or, with
+    `sampling`, one that is drawn.
 
     A continuation ends before the first stop id, after `max_new_tokens`, or where the model's context
     is full. It does not depend on the other prompts of its batch, but for the rounding of floats:
@@ -32,6 +35,8 @@ def generate(
     """
     import torch
     from transformers import GenerationConfig
+
+    from retuner.sampling import drawing
 
     stop_ids = sorted(set(stop_ids))
     context_tokens = model.config.max_position_embeddings
@@ -63,7 +68,11 @@ def generate(
                 # counts positions from the mask, so a prompt starts at 0 however far it is pushed.
                 ids[at, width - len(prompts[row]) :] = torch.tensor(prompts[row])
                 mask[at, width - len(prompts[row]) :] = 1
-            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+            out = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                logits_processor=drawing(sampling, [prompts[row] for row in rows]) if sampling else None,
+            )
             for row, tokens in zip(rows, out[:, width:].tolist(), strict=True):
                 room = context_tokens - len(prompts[row])
                 answers[row] = _until_stop(tokens[:room], stop_ids)
@@ -132,14 +141,17 @@ class Answerer:
         if adapter_dir is not None:
             put_on(self.model, adapter_dir)
 
-    def answer(self, messages: Sequence[dict[str, str]], max_new_tokens: int) -> str:
+    def answer(
+        self, messages: Sequence[dict[str, str]], max_new_tokens: int, sampling: Sampling | None = None
+    ) -> str:
         """Errors: Refused for a conversation the template or the context has no place for."""
         prompt = self.renderer.encode_prompt(messages)
         stop_ids = {self.renderer.stop_id, *_ids(self.model.generation_config.eos_token_id)}
         pad_id = pad_token_id(self.tokenizer, stop_ids)
-        return decode(
-            self.tokenizer, generate(self.model, [prompt], stop_ids, pad_id, max_new_tokens, batch_size=1)
-        )[0]
+        tokens = generate(
+            self.model, [prompt], stop_ids, pad_id, max_new_tokens, batch_size=1, sampling=sampling
+        )
+        return decode(self.tokenizer, tokens)[0]
 
 
 def load(base_dir: Path, precision: str, attention: str, device: str) -> tuple[Any, Any]:

@@ -111,13 +111,34 @@ def json_fields(answer: str, references: Sequence[str]) -> float:
     return max(shares, default=0.0)
 
 
+def rouge_1(answer: str, references: Sequence[str]) -> float:
+    """F1 of shared words; see `_rouge`."""
+    return _rouge("rouge1", answer, references)
+
+
+def rouge_2(answer: str, references: Sequence[str]) -> float:
+    """F1 of shared pairs of neighbouring words; see `_rouge`."""
+    return _rouge("rouge2", answer, references)
+
+
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """ROUGE-L F1 of Google's rouge_score without stemming, best reference.
+    """F1 of the longest common subsequence of words; see `_rouge`."""
+    return _rouge("rougeL", answer, references)
+
+
+def rouge_lsum(answer: str, references: Sequence[str]) -> float:
+    """F1 of the longest common subsequences line by line, as for summaries of several lines; see `_rouge`."""
+    return _rouge("rougeLsum", answer, references)
+
+
+def _rouge(kind: str, answer: str, references: Sequence[str]) -> float:
+    """ROUGE F1 (Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004) of Google's rouge_score without
+    stemming, best reference.
 
     Equal to its published numbers on ASCII text. Its own tokenizer drops every other letter, so that a
     perfect Greek answer would score 0; here those letters count.
     """
-    best = _rouge_scorer().score_multi(list(references), answer)["rougeL"]
+    best = _rouge_scorer(kind).score_multi(list(references), answer)[kind]
     return float(best.fmeasure)
 
 
@@ -150,7 +171,10 @@ def final_number(answer: str, references: Sequence[str]) -> float:
 ROW_SCORES: dict[str, RowScore] = {
     "exact_match": exact_match,
     "json_fields": json_fields,
+    "rouge_1": rouge_1,
+    "rouge_2": rouge_2,
     "rouge_l": rouge_l,
+    "rouge_lsum": rouge_lsum,
     "bleu": bleu,
     "final_number": final_number,
 }
@@ -209,10 +233,10 @@ class _WordTokenizer:
 
 
 @functools.cache
-def _rouge_scorer() -> Any:
+def _rouge_scorer(kind: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], tokenizer=_WordTokenizer())
+    return RougeScorer([kind], tokenizer=_WordTokenizer())
 
 
 def _shortened(text: str) -> str:

@@ -234,6 +234,22 @@ class TrainParams(Strict):
         return self
 
 
+Metric = Literal[
+    "exact_match", "json_fields", "rouge_1", "rouge_2", "rouge_l", "rouge_lsum", "bleu", "final_number"
+]
+
+
+class Sampling(Strict):
+    """Answers drawn by chance. The same prompt and seed give the same answer, whatever else is asked beside it."""
+
+    temperature: AboveZero
+    top_k: Positive | None
+    """Only so many most probable tokens may be drawn; null for all."""
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    """Only the most probable tokens that together have this much probability may be drawn."""
+    seed: Annotated[int, Field(ge=0)]
+
+
 class EvaluateParams(Strict):
     """Scoring base, production and new adapter on the same held-out prompts."""
 
@@ -241,10 +257,9 @@ class EvaluateParams(Strict):
     """Held-out prompts to answer, the same first ones in hash order every time; null for all."""
     max_new_tokens: Positive
     batch_size: Positive
-    metrics: Annotated[
-        tuple[Literal["exact_match", "json_fields", "rouge_l", "bleu", "final_number"], ...],
-        Field(min_length=1),
-    ]
+    sampling: Sampling | None
+    """Null for greedy answers."""
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)]
 
 
 class GateRule(Strict):
@@ -255,7 +270,7 @@ class GateRule(Strict):
     or at least `-max_regression`.
     """
 
-    metric: Literal["loss", "exact_match", "json_fields", "rouge_l", "bleu", "final_number"]
+    metric: Literal["loss"] | Metric
     against: Literal["base", "production"]
     min_gain: float | None = None
     max_regression: Annotated[float, Field(ge=0)] | None = None

@@ -172,7 +172,7 @@ One = Annotated[float, Field(ge=1, le=1)]
 
 
 class ChatRequest(_Exact):
-    """What of OpenAI's chat request is understood. What would change a greedy answer is refused, not ignored."""
+    """What of OpenAI's chat request is understood. What would change how a version answers is refused, not ignored."""
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1)]

@@ -24,6 +24,7 @@ from retuner.tutorial_table import (
     PACK_TOKENS,
     PACKING,
     PINNED,
+    SAMPLING,
     SFT_DEFAULTS,
     TABLE,
     THEIR_DEFAULTS,
@@ -48,6 +49,7 @@ CALLED = {
 }
 """Groups whose names alone would not say what they belong to."""
 QUANTIZATION = "train.quantization"
+DRAWN = "evaluate.sampling"
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class _Book:
 
     def _set(self, rule: Rule, value: Any) -> None:
         path = rule.to or ""
-        if path not in (WARMUP_STEPS, PACKING) and not self.sheet.has(path):
+        if path not in (WARMUP_STEPS, PACKING, SAMPLING) and not self.sheet.has(path):
             self._amend(-1, "refused", why=f"Retuner has no such setting as {path}", do="leave it out")
             return
         if path in self.values and self.values[path] != value:
@@ -164,6 +166,7 @@ class _Book:
         if self.values.get("train.max_steps") is not None and "train.epochs" in self.values:
             self._take_back("train.epochs", "changed", "max_steps decides, there too")
         self._quantize()
+        self._sample()
         self._pin(commit)
         said = set(self.values)
         silent = {path: value for path, value in (THEIR_DEFAULTS | defaults).items() if path not in said}
@@ -177,7 +180,7 @@ class _Book:
         silent |= self._pack()
         self.values["template.too_long"] = "truncate"
         self.notes["template.too_long"] = "as theirs does; a row that loses every answer is reported"
-        self.values["evaluate.metrics"] = ["rouge_l"]
+        self.values["evaluate.metrics"] = ["rouge_1", "rouge_2", "rouge_l", "rouge_lsum"]
         self.notes["evaluate.metrics"] = "and the loss, always"
         self.added = tuple(sorted(silent))
 
@@ -215,6 +218,23 @@ class _Book:
                 self._take_back(
                     path, "refused", "the base is not quantised", "load_in_4bit: true, or leave it out"
                 )
+
+    def _sample(self) -> None:
+        """Their libraries' defaults stand in for what is not said of how answers are drawn."""
+        drawn = self.values.pop(SAMPLING, False)
+        parts = {path: path.rpartition(".")[2] for path in self.values if path.startswith(f"{DRAWN}.")}
+        if SAMPLING in self.said_by:
+            value: dict[str, Any] | None = None
+            if drawn:
+                seed = self.values.get("train.seed", THEIR_DEFAULTS["train.seed"])
+                said = {part: self.values.pop(path) for path, part in parts.items()}
+                value = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, **said, "seed": seed}
+                parts = {}
+            index = self.said_by[DRAWN] = self.said_by.pop(SAMPLING)
+            self.values[DRAWN] = value
+            self._amend(index, became=f"{DRAWN}: {spelled(value)}")
+        for path in parts:
+            self._take_back(path, "changed", "not used without do_sample, there neither")
 
     def _pin(self, commit: str | None) -> None:
         repo = self.values.get("base.repo")

@@ -30,8 +30,9 @@ from retuner.tutorial_rules import (
 )
 
 MAX_TOKENS, PACK_TOKENS = "template.max_tokens", "template.pack_tokens"
-WARMUP_STEPS, PACKING = "warm-up steps", "packing"
-"""No settings, but turned into some: a fraction, once the number of steps is known, and the length of a pack."""
+WARMUP_STEPS, PACKING, SAMPLING = "warm-up steps", "packing", "sampling"
+"""No settings, but turned into some: a fraction, once the number of steps is known, the length of a pack, and how
+answers are drawn."""
 
 PINNED = {"microsoft/Phi-3-mini-4k-instruct": "f39ac1d28e925b323eae81227eaba4464caced4e"}
 """Commits of bases whose files say nothing of one."""
@@ -205,17 +206,25 @@ TABLE: tuple[Entry, ...] = (
          "batch_eval_metrics include_for_metrics prediction_loss_only", instead(HELD_OUT)),
     row("training", "per_device_eval_batch_size", Rule("changed", "prompts that are answered at a time",
          "evaluate.batch_size")),
-    row("training", "load_best_model_at_end", only_off("the adapter of the last step is what is scored",
-         "leave it out; lower train.epochs if the held-out loss rises again")),
+    row("training", "load_best_model_at_end", only_off("the adapter of the last step is what is scored, unless "
+         "train.stop_early says to keep the best", "leave it out, and set train.stop_early in the params file")),
     row("training", "metric_for_best_model greater_is_better", only_off("the gate decides, by register.gate")),
     row("trainer", "compute_metrics preprocess_logits_for_metrics compute_loss_func", only_off_whatever(
          "code cannot be translated", "leave it out; evaluate.metrics names what is measured")),
     row("trainer", "callbacks optimizers optimizer_cls_and_kwargs", only_off_whatever("code cannot be translated")),
     row("early_stopping", "early_stopping_patience early_stopping_threshold", refuse(
-         "held-out loss is measured at the end", "leave it out; lower train.epochs if it rises again")),
+         "train.stop_early is one setting of how often to measure, patience and least improvement",
+         "leave it out, and set train.stop_early in the params file")),
     row("generation", "max_new_tokens", keep("evaluate.max_new_tokens")),
-    row("generation", "do_sample temperature top_k top_p num_beams repetition_penalty", instead(
-         "answers are greedy, so that two runs of the same adapter agree")),
+    row("generation", "do_sample", keep(SAMPLING, only=one_of(True, False))),
+    row("generation", "temperature", keep("evaluate.sampling.temperature", only=positive)),
+    row("generation", "top_k", keep("evaluate.sampling.top_k", only=positive),
+         keep("evaluate.sampling.top_k", value=lambda v: None, only=off)),
+    row("generation", "top_p", keep("evaluate.sampling.top_p", only=positive)),
+    row("generation", "num_beams", already("always so", one_of(1)), refuse("answers are greedy or drawn, not searched "
+         "for")),
+    row("generation", "repetition_penalty", already("always so", one_of(1.0)), refuse(
+         f"{NO_SETTING}: a penalty hides what the adapter has not learnt")),
     # Records
     row("training", "output_dir overwrite_output_dir", instead(
          "a result lies in .retuner/ under its fingerprint: nothing is overwritten, and what is there is served")),
@@ -306,7 +315,7 @@ TABLE: tuple[Entry, ...] = (
     row("code", "eval_on_training_rows", refuse("evaluated on the rows it is trained on",
          "leave it out: held-out prompts are never trained on")),
     row("code", "load_metric evaluate.load", refuse("fetches code from a hub and runs it",
-         "leave it out: evaluate.metrics has rouge_l and others, kept locally")),
+         "leave it out: evaluate.metrics has rouge_1, rouge_l and others, kept locally")),
     row("code", "push_to_hub", refuse("nothing is uploaded to a hub",
          "leave it out: versions are kept in MLflow; `retuner export` writes the files to upload")),
     row("code", "merge_and_unload", instead("`retuner export VERSION --to merged`, with a parity check")),

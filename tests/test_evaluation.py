@@ -15,7 +15,7 @@ from retuner.base import fetch_base
 from retuner.errors import Refused
 from retuner.generation import Answerer, adapter_on, batches, generate, load
 from retuner.observe import Silent
-from retuner.params import EvaluateParams, TinyBase
+from retuner.params import EvaluateParams, Sampling, TinyBase
 
 MESSAGES = [
     [{"role": "user", "content": text}]
@@ -113,7 +113,13 @@ def artifact(folder: Path) -> Adapter:
 
 
 def params(**changes) -> EvaluateParams:
-    settings = {"max_prompts": None, "max_new_tokens": 8, "batch_size": 3, "metrics": ("exact_match", "bleu")}
+    settings = {
+        "max_prompts": None,
+        "max_new_tokens": 8,
+        "batch_size": 3,
+        "sampling": None,
+        "metrics": ("exact_match", "bleu"),
+    }
     return EvaluateParams(**settings | changes)
 
 
@@ -474,11 +480,12 @@ def test_references_that_a_metric_cannot_use_are_refused_before_the_model_loads(
         run(tmp_path / "out", nowhere, chats, candidate, metrics=("json_fields",))
 
 
-def test_what_is_served_is_what_was_evaluated(base, chats, candidate, tmp_path):
-    run(tmp_path / "out", base, chats, candidate)
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.8, top_k=50, top_p=0.95, seed=3)])
+def test_what_is_served_is_what_was_evaluated(base, chats, candidate, tmp_path, sampling):
+    run(tmp_path / "out", base, chats, candidate, sampling=sampling)
     answerer = Answerer(base.path, candidate, "float32", "sdpa", "cpu")
     for line in lines(tmp_path / "out" / "answers.jsonl"):
-        assert answerer.answer(line["prompt"], 8) == line["answers"]["candidate"]
+        assert answerer.answer(line["prompt"], 8, sampling) == line["answers"]["candidate"]
 
 
 def test_evaluation_touches_neither_the_network_nor_the_home_folder(base, chats, candidate, tmp_path):

@@ -350,6 +350,7 @@ def test_the_bundle_holds_the_adapter_alone_and_names_its_base(runtime, tmp_path
     settings = json.loads((whole / bundle.SETTINGS).read_text())
     assert settings["base"]["weights_sha256"] == "b" * 64
     assert settings["max_new_tokens"] == quickstart().evaluate.max_new_tokens
+    assert settings["sampling"] is None
     assert sorted(p.name for p in (whole / bundle.ADAPTER).iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",

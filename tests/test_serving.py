@@ -113,6 +113,15 @@ print(json.dumps([*model.predict(table), *model.predict([{"prompt": "hello"}, {"
     assert promote(project, MODEL, 1, None, "", "ann").version == 1
 
 
+def test_a_version_draws_its_answers_as_it_was_evaluated(project, tmp_path, texts):
+    parts = fetched(project, tmp_path) / "artifacts"
+    settings = json.loads((parts / "retuner.json").read_text())
+    drawn = {"temperature": 2.0, "top_k": None, "top_p": 1.0, "seed": 0}
+    (parts / "retuner.json").write_text(json.dumps(settings | {"sampling": drawn}))
+    answers = [Answering(parts, project).answer(HELLO, 8).text for _ in range(2)]
+    assert answers[0] == answers[1] != texts[1]
+
+
 def test_a_base_that_cannot_be_had_is_named_with_what_to_do(project, tmp_path):
     wanted = json.loads((fetched(project, tmp_path) / bundle.SETTINGS).read_text())["base"]
     nowhere = Runtime(home=tmp_path / "elsewhere")

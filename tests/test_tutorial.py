@@ -128,6 +128,22 @@ def test_what_came_out_otherwise_than_requested_is_named():
     assert run_page.not_as_requested(effective | {"attention": "sdpa"}) == ""
 
 
+SAYS_HOW = "training_config = {'seed': 7}\nmodel.generate(do_sample=%s, temperature=0.3, top_p=0.95)\n"
+
+
+def test_how_answers_are_drawn_is_one_setting(tmp_path):
+    drawn = translated(tmp_path, SAYS_HOW % "True")
+    asked = {"temperature": 0.3, "top_k": 50, "top_p": 0.95, "seed": 7}
+    assert loaded(drawn, tmp_path).evaluate.sampling.model_dump() == asked
+    assert {row(drawn, f"generate.{key}").verdict for key in ("do_sample", "temperature", "top_p")} == {
+        "kept"
+    }
+
+    greedy = translated(tmp_path, SAYS_HOW % "False")
+    assert loaded(greedy, tmp_path).evaluate.sampling is None
+    assert "not used without do_sample" in row(greedy, "generate.temperature").why
+
+
 # Defects
 
 
