@@ -2,6 +2,7 @@
 
     python -m benchmarks.real_data e2e ../shared/data [--steps 50]
     python -m benchmarks.real_data gsm8k ../shared/data
+    python -m benchmarks.real_data e2e ../shared/data --set 'train.quantization={kind: nf4, double: true}'
 
 The data is put under DVC in a project of its own in .retuner/real-data, as a user would.
 """
@@ -39,6 +40,9 @@ def main() -> None:
     options.add_argument("data", type=Path, help="the folder that holds e2e/ and gsm8k/")
     options.add_argument("--steps", type=int, default=50)
     options.add_argument("--prompts", type=int, default=40)
+    options.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as `retuner run` takes it"
+    )
     chosen = options.parse_args()
     project = ROOT / ".retuner" / "real-data" / chosen.name
     shutil.rmtree(project / "data", ignore_errors=True)
@@ -57,6 +61,7 @@ def main() -> None:
         f"train.max_steps={chosen.steps}",
         f"evaluate.max_prompts={chosen.prompts}",
         *SETTINGS[chosen.name],
+        *chosen.set,
     ]
     command = [Path(sys.executable).with_name("retuner"), "run", "params.yaml", "--json"]
     for setting in settings:
