@@ -16,7 +16,8 @@ def fuzz(options: list[str]) -> None:
 
     import retuner.base  # before what is instrumented: transformers must not be  # noqa: F401
 
-    with atheris.instrument_imports(include=["retuner.rendering", "retuner.layout", "retuner.words"]):
+    ours = ["retuner.rendering", "retuner.encoding", "retuner.layout", "retuner.words"]
+    with atheris.instrument_imports(include=ours):
         from fuzz import templating
 
     base = Path(os.environ["FUZZ_WORK"]) / "base"

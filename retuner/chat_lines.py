@@ -6,7 +6,7 @@ lines by group, then id.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ class ChatLines:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batches(self, rows: "NDArray[Any]") -> Iterator[tuple["NDArray[Any]", list[Chat]]]:
+    def batches(self, rows: "NDArray[Any]") -> "Iterator[NDArray[Any]]":
         """Some rows, given by their numbers in rising order, in batches that fit into memory."""
         import numpy as np
 
@@ -63,23 +63,30 @@ class ChatLines:
         while first < len(rows):
             sums = np.cumsum(sizes[first : first + BATCH_ROWS])
             count = max(1, int(np.searchsorted(sums, BATCH_BYTES, side="right")))
-            batch = rows[first : first + count]
-            yield batch, self.read(batch)
+            yield rows[first : first + count]
             first += count
 
-    def read(self, rows: "NDArray[Any]") -> list[Chat]:
-        """Some rows, given by their numbers in rising order."""
+    def runs(self, rows: "NDArray[Any]") -> list[tuple[int, int]]:
+        """Where rows, given by their numbers in rising order, begin and end in the file; what lies together is one."""
         import numpy as np
 
         breaks: Any = np.flatnonzero(np.diff(rows) != 1) + 1
-        chats = []
-        with self.path.open("rb") as file:
-            for run in np.split(rows, breaks):
-                if len(run):
-                    start, end = int(self.bounds[run[0]]), int(self.bounds[run[-1] + 1])
-                    text = os.pread(file.fileno(), end - start, start).decode("utf-8")
-                    chats += [json.loads(line) for line in text.split("\n") if line]
-        return chats
+        runs = [run for run in np.split(rows, breaks) if len(run)]
+        return [(int(self.bounds[run[0]]), int(self.bounds[run[-1] + 1])) for run in runs]
+
+    def read(self, rows: "NDArray[Any]") -> list[Chat]:
+        """Some rows, given by their numbers in rising order."""
+        return read_runs(self.path, self.runs(rows))
+
+
+def read_runs(path: Path, runs: Iterable[tuple[int, int]]) -> list[Chat]:
+    """The lines from each place to another, see `ChatLines.runs`."""
+    chats = []
+    with path.open("rb") as file:
+        for start, end in runs:
+            text = os.pread(file.fileno(), end - start, start).decode("utf-8")
+            chats += [json.loads(line) for line in text.split("\n") if line]
+    return chats
 
 
 def hex_strings(digests: "NDArray[Any]") -> Any:

@@ -35,7 +35,8 @@ def _with_prompts(lines: ChatLines, rows: RowMemo, places: Places) -> Iterator[t
     as `Renderer.encode_prompt` gives them."""
     import numpy as np
 
-    for numbers, chats in lines.batches(np.arange(len(lines))):
+    for numbers in lines.batches(np.arange(len(lines))):
+        chats = lines.read(numbers)
         tokens = rows.rows(places[numbers], None)
         answers = tokens.offsets[:-1] + tokens.spans[tokens.span_offsets[1:] - 1, 0]
         for chat, start, answer in zip(chats, tokens.offsets.tolist(), answers.tolist(), strict=False):

@@ -6,7 +6,7 @@ cut at its control tokens.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,19 @@ class Layout:
 
     items: tuple[Control | Segment, ...]
 
+    def spelled(self) -> list[dict[str, Any]]:
+        """Plain JSON values, see `from_spelled`."""
+        return [asdict(item) for item in self.items]
+
+    @classmethod
+    def from_spelled(cls, items: Sequence[dict[str, Any]]) -> "Layout":
+        return cls(
+            tuple(
+                Segment(**{**item, "parts": tuple(item["parts"])}) if "parts" in item else Control(**item)
+                for item in items
+            )
+        )
+
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         return tuple(item for item in self.items if isinstance(item, Segment))
@@ -82,6 +95,12 @@ class Layout:
         return sum(len(segment.text(marks)) for segment in self.segments) - len(self.said)
 
 
+def control_pattern(controls: Mapping[int, Any]) -> re.Pattern[str]:
+    """Finds the texts of control tokens, given as tokenizers has them: AddedTokens by id."""
+    longest_first = sorted((token.content for token in controls.values()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
 class ChatTemplate:
     """The layouts of one tokenizer's chat template. Errors of every method: Refused."""
 
@@ -95,8 +114,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.controls = tokenizer.backend_tokenizer.get_added_tokens_decoder()
         self._id_of = {token.content: id for id, token in self.controls.items()}
-        longest_first = sorted(self._id_of, key=len, reverse=True)
-        self.control_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.control_text = control_pattern(self.controls)
         self._of_chat: dict[tuple[str, ...], Layout] = {}
         self._of_context: dict[tuple[tuple[str, ...], bool], Layout] = {}
 

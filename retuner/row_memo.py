@@ -63,8 +63,7 @@ class RowMemo:
                 draft.unlink(missing_ok=True)
         found = sorted(folder.glob("*.rows"))
         self.files = [file for path in found if (file := _open_verified(path))]
-        self._waiting: list[tuple[Any, ...]] = []
-        self._waiting_rows = self._waiting_bytes = 0
+        self._writer = RowWriter(folder)
 
     def find(self, ids: "NDArray[Any]") -> Places:
         """The places of rows by their ids, (rows, 16) bytes."""
@@ -92,23 +91,22 @@ class RowMemo:
         """New rows. They are there, here and for others, when `flush` was called."""
         import numpy as np
 
-        first = self._waiting_rows
+        first = self._writer.add(ids, rows, roles, plain)
         places: Any = (
             np.full(len(rows), len(self.files), np.int32),
             np.arange(first, first + len(rows), dtype=np.int32),
         )
-        self._waiting.append((ids, rows, roles, plain))
-        self._waiting_rows += len(rows)
-        self._waiting_bytes += rows.input_ids.nbytes
-        if self._waiting_bytes >= FULL_BYTES:
+        if self._writer.is_full:
             self.flush()
         return Places(*places)
 
     def flush(self) -> None:
         """Write what was added."""
-        if self._waiting:
-            self.files.append(self._publish(_as_batch(self._waiting)))
-            self._waiting, self._waiting_rows, self._waiting_bytes = [], 0, 0
+        self.files += self._writer.flush()
+
+    def take_in(self, names: Sequence[str]) -> None:
+        """Files that others have written, after `flush`."""
+        self.files += [file for name in names if (file := _open_verified(self.folder / name))]
 
     def column(self, name: str, places: Places) -> "NDArray[Any]":
         """One number a row: `tokens`, `stripped` or `plain`. All rows must be there."""
@@ -201,27 +199,12 @@ class RowMemo:
             ids = np.concatenate([file.ids[places.row[here]] for file, here in self._parts(places)])
             rows = self.rows(places, None)
             plain = self.column("plain", places)
-            written = self._publish(_as_batch([(ids, rows, [names[role] for role in roles], plain)]))
+            written = _publish(self.folder, [(ids, rows, [names[role] for role in roles], plain)])
             kept.add(written.path)
             self.let_go()
         for file in before:
             if file.path not in kept:
                 file.path.unlink(missing_ok=True)
-
-    def _publish(self, batch: Any) -> "RowFile":
-        import pyarrow as pa
-
-        draft = self.folder / f".{uuid.uuid4().hex}.draft"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-                writer.write_batch(batch)
-            # Not fsynced: what the disk loses has another checksum.
-            path = self.folder / f"{sha256_file(draft)}.rows"
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-        return RowFile(path)
 
 
 class RowFile:
@@ -255,6 +238,53 @@ class RowFile:
         roles = batch.column("roles")
         self.roles = numbers(roles.indices.buffers()[1], np.int32)[:rows]
         self.role_names = [str(name) for name in roles.dictionary]
+
+
+class RowWriter:
+    """Adds files of rows to the folder of a memo."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._waiting: list[tuple[Any, ...]] = []
+        self._rows = self._bytes = 0
+
+    @property
+    def is_full(self) -> bool:
+        """There is enough for a file."""
+        return self._bytes >= FULL_BYTES
+
+    def add(self, ids: "NDArray[Any]", rows: TokenRows, roles: Sequence[str], plain: Sequence[bool]) -> int:
+        """The number of the first of the new rows in the file that is written next. `ids` are (rows, 16) bytes."""
+        first = self._rows
+        self._waiting.append((ids, rows, roles, plain))
+        self._rows += len(rows)
+        self._bytes += rows.input_ids.nbytes
+        return first
+
+    def flush(self) -> list[RowFile]:
+        """The file that what was added is in now; none when nothing was."""
+        if not self._waiting:
+            return []
+        waiting, self._waiting, self._rows, self._bytes = self._waiting, [], 0, 0
+        return [_publish(self.folder, waiting)]
+
+
+def _publish(folder: Path, parts: Sequence[tuple[Any, ...]]) -> RowFile:
+    """Write rows as one file; each part is ids, TokenRows, roles, plain."""
+    import pyarrow as pa
+
+    batch = _as_batch(parts)
+    draft = folder / f".{uuid.uuid4().hex}.draft"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        # Not fsynced: what the disk loses has another checksum.
+        path = folder / f"{sha256_file(draft)}.rows"
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return RowFile(path)
 
 
 def _open_verified(path: Path) -> RowFile | None:

@@ -5,9 +5,9 @@ same data gives the same bytes whatever was in the memo.
 """
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from retuner.params import TemplateParams
 from retuner.rendering import Renderer
 from retuner.row_memo import MISSING, Places, RowMemo
 from retuner.template_side import Side, chat_name
+from retuner.templating_ahead import TemplatingAhead
 from retuner.token_rows import TokenRows
 
 if TYPE_CHECKING:
@@ -58,11 +59,12 @@ def template(
     total = len(train.lines) + len(held_out.lines)
     check.first(train.lines)
     new = 0
-    for side, before in ((train, 0), (held_out, len(train.lines))):
-        side.places = rows.find(side.lines.ids)
-        new += int((side.places.file == MISSING).sum())
-        for done in _add_missing(renderer, rows, side):
-            observer.progress("rows templated", before + done, total)
+    with TemplatingAhead(renderer, rows.folder) as ahead:
+        for side, before in ((train, 0), (held_out, len(train.lines))):
+            side.places = rows.find(side.lines.ids)
+            new += int((side.places.file == MISSING).sum())
+            for done in _add_missing(renderer, rows, side, ahead):
+                observer.progress("rows templated", before + done, total)
     rows.flush()
     if new < total:
         observer.say(f"template: {total - new:,} of {total:,} rows were tokenised before, {new:,} are new")
@@ -96,21 +98,43 @@ def template(
     return facts
 
 
-def _add_missing(renderer: Renderer, rows: RowMemo, side: Side) -> Iterator[int]:
+def _add_missing(renderer: Renderer, rows: RowMemo, side: Side, ahead: TemplatingAhead) -> Iterator[int]:
     """Tokenise what the memo does not hold; tells how many rows are done, those it holds included."""
     import numpy as np
 
     missing = np.flatnonzero(side.places.file == MISSING)
     done = len(side.lines) - len(missing)
     yield done
-    for numbers, chats in side.lines.batches(missing):
-        encoded = _encode(renderer, chats)
-        plain = [renderer.is_plain(chat["messages"]) for chat in chats]
-        roles = ["\n".join([message["role"] for message in chat["messages"]]) for chat in chats]
-        places = rows.add(side.lines.ids[numbers], encoded, roles, plain)
-        side.places.file[numbers], side.places.row[numbers] = places.file, places.row
-        done += len(numbers)
-        yield done
+    batches = deque(side.lines.batches(missing))
+    with ahead.taking(side.lines, batches) as helped:
+        for numbers in _each(batches):
+            _add(renderer, rows, side, numbers)
+            done += len(numbers)
+            yield done + helped.rows
+    if helped.files:
+        rows.flush()
+        rows.take_in(helped.files)
+        missing = missing[side.places.file[missing] == MISSING]
+        found = rows.find(side.lines.ids[missing])
+        side.places.file[missing], side.places.row[missing] = found.file, found.row
+    for numbers in side.lines.batches(missing[side.places.file[missing] == MISSING]):
+        _add(renderer, rows, side, numbers)
+    yield len(side.lines)
+
+
+def _each(batches: "deque[NDArray[Any]]") -> "Iterator[NDArray[Any]]":
+    """From the front, until there is none: others take from the end."""
+    with suppress(IndexError):
+        while True:
+            yield batches.popleft()
+
+
+def _add(renderer: Renderer, rows: RowMemo, side: Side, numbers: "NDArray[Any]") -> None:
+    chats = side.lines.read(numbers)
+    encoded = _encode(renderer, chats)
+    traits = renderer.encoder.traits([chat["messages"] for chat in chats])
+    places = rows.add(side.lines.ids[numbers], encoded, *traits)
+    side.places.file[numbers], side.places.row[numbers] = places.file, places.row
 
 
 def _encode(renderer: Renderer, chats: Sequence[Chat]) -> TokenRows:

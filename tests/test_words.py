@@ -38,7 +38,7 @@ def words(request, tmp_path_factory) -> Words:
         smollm2_tokenizer(folder)
     elif not PHI3.exists():
         pytest.skip("Phi-3's tokenizer is not beside the project")
-    return Renderer(load_tokenizer(folder if request.param != "phi3" else PHI3)).words
+    return Renderer(load_tokenizer(folder if request.param != "phi3" else PHI3)).encoder.words
 
 
 def whole(words: Words, texts: list[str]) -> list[list[int]]:

@@ -1,0 +1,201 @@
+"""Chats tokenised by other processes, which leave the rows in the memo.
+
+A helper only ever fills the memo: what it did not tokenise, because it was killed or because the chat is refused, its
+reader tokenises itself and says so itself. So helpers change how long templating takes and nothing else.
+
+A helper is a plain child with two pipes, which starts without transformers: it is given the tokenizer, and asks for
+layouts. It reads requests from its standard input until that ends, which it also does when the reader is killed, so
+none outlives its reader.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Thread
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from retuner.chat_lines import ChatLines, read_runs
+from retuner.encoding import ChatEncoder
+from retuner.errors import Refused
+from retuner.layout import Layout
+from retuner.reading_ahead import MOST_HELPERS, usable_cores
+from retuner.rendering import Renderer
+from retuner.row_memo import RowWriter
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+WORTH_BYTES = 2**23
+"""So much takes longer to tokenise than a helper takes to start."""
+
+Batches = deque["NDArray[Any]"]
+"""Numbers of rows, rising."""
+
+
+class TemplatingAhead:
+    """Helpers that start when there is enough to do, one for each core but the reader's own."""
+
+    def __init__(self, renderer: Renderer, memo: Path, helpers: int | None = None):
+        self.renderer, self.memo = renderer, memo
+        self.count = min(MOST_HELPERS, usable_cores() - 1) if helpers is None else helpers
+        self._helpers: list[_Helper] = []
+
+    def __enter__(self) -> "TemplatingAhead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for helper in self._helpers:
+            helper.end()
+
+    @contextmanager
+    def taking(self, lines: ChatLines, batches: Batches) -> Iterator["Helped"]:
+        """Helpers take batches from the end of `batches` until it is empty; at the end of the block their rows are in
+        files of the memo."""
+        if not self._helpers and _bytes_of(lines, batches) >= WORTH_BYTES:
+            self._helpers = [_Helper(self.renderer, self.memo) for _ in range(self.count)]
+        helped = Helped()
+        threads = [Thread(target=helper.work, args=(lines, batches, helped)) for helper in self._helpers]
+        for thread in threads:
+            thread.start()
+        try:
+            yield helped
+        finally:
+            batches.clear()
+            for helper in self._helpers:
+                helper.hurry()
+            for thread in threads:
+                thread.join()
+
+
+class Helped:
+    """What helpers did."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.files: list[str] = []
+        """Names of files of the memo."""
+
+
+class _Helper:
+    """A process, seen from its reader."""
+
+    def __init__(self, renderer: Renderer, memo: Path):
+        self.template = renderer.template
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # Whatever ends a helper, its reader comes upon too, and can say it better.
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+        )
+        self.requests = cast(IO[bytes], self.process.stdin)
+        self.answers = cast(IO[bytes], self.process.stdout)
+        self.is_ready = False
+        self.tokenizer = renderer.tokenizer.backend_tokenizer.to_str()
+        self.memo = memo
+
+    def work(self, lines: ChatLines, batches: Batches, helped: Helped) -> None:
+        """Until there is no batch left, or the helper is gone; then its rows are written."""
+        if not self.is_ready:
+            self._write({"memo": str(self.memo.absolute()), "tokenizer": self.tokenizer})
+            self.is_ready = self._answer() is not None
+        while self.is_ready:
+            try:
+                rows = batches.pop()
+            except IndexError:
+                break
+            self._write({"path": str(lines.path.absolute()), "runs": lines.runs(rows)})
+            if self._answer() is None:
+                return
+            helped.rows += len(rows)
+        self._write({"flush": True})
+        if written := self._answer():
+            helped.files += written["files"]
+
+    def hurry(self) -> None:
+        """There is nothing left to do: a helper that has not started yet never will."""
+        if not self.is_ready:
+            self.process.kill()
+
+    def end(self) -> None:
+        self.process.kill()
+        with suppress(BrokenPipeError):
+            self.requests.close()
+        self.process.wait()
+        self.answers.close()
+
+    def _answer(self) -> dict[str, Any] | None:
+        """None when the helper is gone. Layouts that it asks for it gets."""
+        while line := self.answers.readline():
+            answer: dict[str, Any] = json.loads(line)
+            if "roles" not in answer:
+                return answer
+            try:
+                self._write({"items": self.template.of_chat(tuple(answer["roles"])).spelled()})
+            except Refused:
+                self._write({"items": None})
+        return None
+
+    def _write(self, asked: dict[str, Any]) -> None:
+        with suppress(BrokenPipeError):  # it is gone: it will not answer
+            self.requests.write(json.dumps(asked).encode() + b"\n")
+            self.requests.flush()
+
+
+def _bytes_of(lines: ChatLines, batches: Batches) -> int:
+    return sum(int((lines.bounds[rows + 1] - lines.bounds[rows]).sum()) for rows in batches)
+
+
+# --- a helper
+
+
+def main() -> None:
+    """What a helper does."""
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    layouts: dict[tuple[str, ...], Layout] = {}
+
+    def tell(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
+    def layout_of(roles: tuple[str, ...]) -> Layout:
+        if roles not in layouts:
+            tell({"roles": roles})
+            items = json.loads(requests.readline())["items"]
+            if items is None:
+                raise Refused("roles that the template refuses", "others")
+            layouts[roles] = Layout.from_spelled(items)
+        return layouts[roles]
+
+    begin = json.loads(requests.readline())
+    written: list[str] = []
+    encoder = ChatEncoder(Tokenizer.from_str(begin["tokenizer"]), layout_of)
+    writer = RowWriter(Path(begin["memo"]))
+    tell({})
+    while line := requests.readline():
+        asked = json.loads(line)
+        if writer.is_full or "flush" in asked:
+            written += [file.path.name for file in writer.flush()]
+        if "flush" in asked:
+            tell({"files": written})
+            written = []
+            continue
+        chats = read_runs(Path(asked["path"]), asked["runs"])
+        said = [chat["messages"] for chat in chats]
+        ids = np.frombuffer(bytes.fromhex("".join([chat["id"] for chat in chats])), np.uint8).reshape(-1, 16)
+        with suppress(Refused):
+            writer.add(ids, encoder.encode_chats(said), *encoder.traits(said))
+        tell({})
+
+
+if __name__ == "__main__":
+    main()
