@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -306,20 +306,30 @@ def _say_promotion(done: Any, as_json: bool) -> None:
         print(f"{done.model_name} version {done.version} is in production, {instead}")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ends a run as Ctrl-C does: its MLflow run is closed, and the server it started is stopped."""
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
 def main() -> None:
     """Run the command line and leave with the documented exit code."""
     debug = "--debug" in sys.argv
-    # `kill` ends a run as Ctrl-C does: its MLflow run is closed, and the server it started is stopped.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
     except RetunerError as error:
         if debug:
             raise
         code = _fail(error)
-    except (typer.Abort, KeyboardInterrupt):
-        print("stopped; the same command goes on from what is finished", file=sys.stderr)
-        code = 130
+    except (typer.Abort, KeyboardInterrupt) as end:
+        by, code = ("SIGTERM", 143) if isinstance(end.__cause__ or end, Terminated) else ("Ctrl-C", 130)
+        stopped = RetunerError(
+            f"stopped by {by}", do="run again: the same command goes on from what is finished"
+        )
+        _fail(stopped, code)
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if debug:

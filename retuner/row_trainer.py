@@ -1,6 +1,7 @@
 """TRL's SFTTrainer, told to train on packed rows as they are, to seal its checkpoints and to keep quiet."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ def row_trainer(
     staging: Path,
     log: StepLog,
     stopping: Stopping | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Any:
     """A Trainer that is ready to `train(resume_from_checkpoint=...)`; it seals checkpoints beside `staging`.
 
     Its `train` raises RetunerError in the step in which a number stops being finite, and returns before the last
-    step where `stopping` says so.
+    step where `stopping` says so, or, with that step sealed, once `asked_to_stop` is true.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -71,6 +73,8 @@ def row_trainer(
             if state.global_step == steps:
                 # The Trainer, resumed from its last step, would take one more.
                 control.should_save = False
+            elif asked_to_stop():
+                control.should_save = control.should_training_stop = True
 
         def on_log(self, args, state, control, logs, **kwargs):
             if "loss" in logs:  # There is a summary at the end too.
@@ -87,7 +91,7 @@ def row_trainer(
             if stopping.is_time and step < steps:
                 control.should_training_stop = True
                 log.end(step)
-            ends = control.should_training_stop or step == steps
+            ends = stopping.is_time or step == steps
             control.should_save = not ends and (control.should_save or stopping.best_step == step)
 
         def on_save(self, args, state, control, **kwargs):

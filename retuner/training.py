@@ -42,6 +42,7 @@ from retuner.skeleton import read_skeleton
 from retuner.step_log import StepLog
 from retuner.stopping import HELD_OUT_LOSS, Stopping, needed_by
 from retuner.targets import Targets, choose_targets
+from retuner.termination import sigterm_held_back
 from retuner.warm_start import read_start
 
 
@@ -73,8 +74,8 @@ def train(
 ) -> AdapterFacts:
     """Write adapter_model.safetensors, adapter_config.json and what people can look at into `out`.
 
-    `work` survives a kill: a later call with the same params goes on from its newest whole checkpoint. `start` is
-    a folder with the adapter to begin as, for a warm start.
+    `work` survives a kill: a later call with the same params goes on from its newest whole checkpoint. SIGTERM waits
+    until the step under way is done and sealed. `start` is a folder with the adapter to begin as, for a warm start.
     Errors: Refused or Unavailable, before any weight is loaded, when this cannot work; RetunerError when
     the numbers stop being finite.
     """
@@ -165,12 +166,19 @@ def _learn(
     _say_what_learns(model, targets, counts, packed, fill, observer)
 
     log = StepLog(params.log_every_steps, steps, observer)
-    trainer = row_trainer(model, sequences, packed, params, steps, device, staging, log, stopping)
     resumed = checkpoints.newest_whole(work, observer.say, needed_by)
     if resumed:
         observer.say(f"train: going on after {resumed.name} of {steps}")
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    finished = trainer.state.global_step
+    with sigterm_held_back() as asked_to_stop:
+        trainer = row_trainer(
+            model, sequences, packed, params, steps, device, staging, log, stopping, asked_to_stop
+        )
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        finished = trainer.state.global_step
+        if asked_to_stop() and finished < log.steps:
+            observer.say(
+                f"train: stopped by SIGTERM after step {finished} of {log.steps}; run again to go on"
+            )
     if finished != log.steps:
         raise RetunerError(f"training ended after step {finished}", f"{log.steps} steps")
     refuse_not_finite(model, finished)
