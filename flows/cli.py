@@ -15,6 +15,9 @@ from flows.params_verbs import params_app
 from retuner.errors import Refused, RetunerError
 from retuner.runtime import load_runtime, person
 
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of shells: 128 and the signal's number."""
+
 app = typer.Typer(
     help="Retrain Phi-3 LoRA adapters on a schedule, and prove where each one came from.",
     no_args_is_help=True,
@@ -306,7 +309,7 @@ def _say_promotion(done: Any, as_json: bool) -> None:
         print(f"{done.model_name} version {done.version} is in production, {instead}")
 
 
-class Terminated(KeyboardInterrupt):
+class Terminated(SystemExit):
     """SIGTERM ends a run as Ctrl-C does: its MLflow run is closed, and the server it started is stopped."""
 
 
@@ -320,16 +323,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # what typer makes of Ctrl-C
+            _fail(_stopped_by("Ctrl-C"), code)
     except RetunerError as error:
         if debug:
             raise
         code = _fail(error)
-    except (typer.Abort, KeyboardInterrupt) as end:
-        by, code = ("SIGTERM", 143) if isinstance(end.__cause__ or end, Terminated) else ("Ctrl-C", 130)
-        stopped = RetunerError(
-            f"stopped by {by}", do="run again: the same command goes on from what is finished"
-        )
-        _fail(stopped, code)
+    except Terminated:
+        code = _fail(_stopped_by("SIGTERM"), TERMINATED)
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if debug:
@@ -341,6 +342,10 @@ def main() -> None:
                 RetunerError(f"{type(error).__name__}: {error}", do="this is a defect; --debug shows where")
             )
     sys.exit(code or 0)
+
+
+def _stopped_by(what: str) -> RetunerError:
+    return RetunerError(f"stopped by {what}", do="run again: the same command goes on from what is finished")
 
 
 def _fail(error: RetunerError, code: int | None = None) -> int:
