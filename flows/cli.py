@@ -35,12 +35,14 @@ app.add_typer(params_app, name="params")
 def options(
     home: Annotated[Path | None, typer.Option(help="Where everything a run leaves lies.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    processes: Annotated[str | None, typer.Option(help="How many train together, one for each GPU.")] = None,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow's; SQLite under --home if unset.")] = None,
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
 ) -> None:
     for name, value in {
         "HOME": home,
         "DEVICE": device,
+        "PROCESSES": processes,
         "TRACKING_URI": tracking_uri,
         "LOG_LEVEL": log_level,
     }.items():

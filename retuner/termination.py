@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def sigterm_held_back() -> Iterator[Callable[[], bool]]:
-    """While inside, a SIGTERM is only noted: what is handed out says whether one came. On leaving it is delivered
-    after all, to whatever would have had it, which may raise, end the process, or do nothing.
+def sigterm_held_back(then: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
+    """While inside, a SIGTERM is only noted, and `then` called: what is handed out says whether one came. On leaving
+    it is delivered after all, to whatever would have had it, which may raise, end the process, or do nothing.
 
     A second one is not held back. Python hears signals in its main thread alone; in another nothing is held back.
     """
@@ -22,6 +22,7 @@ def sigterm_held_back() -> Iterator[Callable[[], bool]]:
     def note(number: int, frame: object) -> None:
         came.set()
         signal.signal(signal.SIGTERM, before)
+        then()
 
     signal.signal(signal.SIGTERM, note)
     try:
