@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -14,6 +14,9 @@ from flows.options import AsJson, Because, Debug, ModelName, Overrides, ParamsFi
 from flows.params_verbs import params_app
 from retuner.errors import Refused, RetunerError
 from retuner.runtime import load_runtime, person
+
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of shells: 128 and the signal's number."""
 
 app = typer.Typer(
     help="Retrain Phi-3 LoRA adapters on a schedule, and prove where each one came from.",
@@ -32,12 +35,14 @@ app.add_typer(params_app, name="params")
 def options(
     home: Annotated[Path | None, typer.Option(help="Where everything a run leaves lies.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    processes: Annotated[str | None, typer.Option(help="How many train together, one for each GPU.")] = None,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow's; SQLite under --home if unset.")] = None,
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
 ) -> None:
     for name, value in {
         "HOME": home,
         "DEVICE": device,
+        "PROCESSES": processes,
         "TRACKING_URI": tracking_uri,
         "LOG_LEVEL": log_level,
     }.items():
@@ -306,20 +311,28 @@ def _say_promotion(done: Any, as_json: bool) -> None:
         print(f"{done.model_name} version {done.version} is in production, {instead}")
 
 
+class Terminated(SystemExit):
+    """SIGTERM ends a run as Ctrl-C does: its MLflow run is closed, and the server it started is stopped."""
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
 def main() -> None:
     """Run the command line and leave with the documented exit code."""
     debug = "--debug" in sys.argv
-    # `kill` ends a run as Ctrl-C does: its MLflow run is closed, and the server it started is stopped.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # what typer makes of Ctrl-C
+            _fail(_stopped_by("Ctrl-C"), code)
     except RetunerError as error:
         if debug:
             raise
         code = _fail(error)
-    except (typer.Abort, KeyboardInterrupt):
-        print("stopped; the same command goes on from what is finished", file=sys.stderr)
-        code = 130
+    except Terminated:
+        code = _fail(_stopped_by("SIGTERM"), TERMINATED)
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if debug:
@@ -331,6 +344,10 @@ def main() -> None:
                 RetunerError(f"{type(error).__name__}: {error}", do="this is a defect; --debug shows where")
             )
     sys.exit(code or 0)
+
+
+def _stopped_by(what: str) -> RetunerError:
+    return RetunerError(f"stopped by {what}", do="run again: the same command goes on from what is finished")
 
 
 def _fail(error: RetunerError, code: int | None = None) -> int:

@@ -39,7 +39,8 @@ def retrain(params: str, overrides: list[str] = []) -> State[dict[str, Any]]:
             try:
                 pipeline(context, lambda step: run_task(context, step))
             except BaseException as error:
-                context.close_run("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                # Ctrl-C, and Prefect's own exception for SIGTERM, are no errors of the run.
+                context.close_run("FAILED" if isinstance(error, Exception) else "KILLED")
                 raise
             context.close_run("FINISHED")
     finally:

@@ -28,7 +28,8 @@ NEEDED = {
     "scheduler.pt",
     "trainer_state.json",
 }
-"""Without any one of these a resumed run is another run."""
+"""Without any one of these a resumed run is another run. Of several processes each has a state of its generators:
+rng_state_0.pth and so on."""
 KEPT = 2
 
 
@@ -90,6 +91,11 @@ def sealed(work: Path, step: int) -> Path:
     return work / "sealed" / f"step-{step}"
 
 
+def processes(checkpoint: Path) -> int:
+    """How many trained together when it was made."""
+    return len(list(checkpoint.glob("rng_state*.pth")))
+
+
 def read_weights(work: Path, step: int) -> dict[str, Any]:
     """The adapter in the checkpoint of a step. Errors: RetunerError when a byte of it is not what was sealed."""
     from safetensors.torch import load_file
@@ -121,7 +127,8 @@ def _check(checkpoint: Path) -> None:
         raise Broken(f"its manifest cannot be read ({error})") from None
     if step != _step(checkpoint):
         raise Broken(f"its manifest is that of step {step}")
-    if lacking := sorted(NEEDED - recorded.keys()):
+    generators = {"rng_state.pth"} if "rng_state_0.pth" in recorded else set()
+    if lacking := sorted(NEEDED - generators - recorded.keys()):
         raise Broken(f"it was sealed without {', '.join(lacking)}")
     found = _files(checkpoint)
     for name in sorted(recorded.keys() | found.keys()):

@@ -192,7 +192,8 @@ class TrainParams(Strict):
     max_steps: Positive | None
     epochs: Annotated[float, Field(gt=0)] | None
     batch_size: Positive
-    """Sequences (packed where `template.pack_tokens` is a number) a step and device."""
+    """Sequences (packed where `template.pack_tokens` is a number) at a time. A step takes these times
+    gradient_accumulation, however many processes share them."""
     gradient_accumulation: Positive
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"]

@@ -1,6 +1,7 @@
 """TRL's SFTTrainer, told to train on packed rows as they are, to seal its checkpoints and to keep quiet."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from retuner.noise import EmbeddingNoise
 from retuner.packing import NO_LOSS, PAD_ID, collator, take_token_count
 from retuner.params import TrainParams
 from retuner.quantized import adapter_stays_float32
+from retuner.ranks import ALONE, EvenOrder, Rank, count_blanks, forward_is, share, summed, with_blank
 from retuner.step_log import StepLog
 from retuner.stopping import Stopping
 
@@ -26,31 +28,58 @@ def row_trainer(
     staging: Path,
     log: StepLog,
     stopping: Stopping | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    rank: Rank = ALONE,
 ) -> Any:
     """A Trainer that is ready to `train(resume_from_checkpoint=...)`; it seals checkpoints beside `staging`.
 
     Its `train` raises RetunerError in the step in which a number stops being finite, and returns before the last
-    step where `stopping` says so.
+    step where `stopping` says so, or, with that step sealed, once `asked_to_stop` is true (in any process).
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback, set_seed
     from trl import SFTTrainer
 
     noise = EmbeddingNoise(model, params.noise_alpha) if params.noise_alpha else None
     # TRL's own loss knows no smoothing that would not cost it a second pass, and takes the head for frozen.
-    ours = device == "cpu" or params.label_smoothing > 0 or _learns(model.get_output_embeddings())
+    ours = (
+        device == "cpu" or params.label_smoothing > 0 or _learns(model.get_output_embeddings()) or rank.of > 1
+    )
+    per_device, accumulation = share(params, rank.of)
+    order = EvenOrder(len(sequences), params.seed, per_device * rank.of)
+    if rank.of > 1:
+        sequences = with_blank(sequences)
 
     class RowTrainer(SFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             log.tokens += take_token_count(inputs)
+            if rank.of > 1:
+                log.tokens -= count_blanks(inputs)
             if noise:
                 noise.expect(inputs)
             if not ours:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            base = self.model.get_base_model()
+
+            def loss(batch):
+                # Gradients are averaged over the processes, and their sum is meant.
+                return rank.of * supervised_loss(base, batch, num_items_in_batch, params.label_smoothing)
+
             with self.accelerator.autocast():
-                base = self.model.get_base_model()
-                return supervised_loss(base, inputs, num_items_in_batch, params.label_smoothing)
+                if rank.of == 1:
+                    return loss(inputs)
+                with forward_is(base, loss):
+                    return model(**inputs)
+
+        def _get_train_sampler(self, *args):
+            return order if rank.of > 1 else super()._get_train_sampler(*args)
+
+        def _load_rng_state(self, checkpoint):
+            if checkpoints.processes(Path(checkpoint)) == rank.of:
+                super()._load_rng_state(checkpoint)
+            else:
+                set_seed(params.seed + self.state.global_step + rank.number)
 
         def create_optimizer(self, model=None):
             if params.lora.learning_rate_ratio is None:
@@ -62,6 +91,10 @@ def row_trainer(
             """TRL writes one beside every checkpoint."""
 
     class Watch(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            # accelerate's own way does not reach the order where batches are skipped in one of several processes.
+            order.set_epoch(int(state.epoch or 0))
+
         def on_train_begin(self, args, state, control, **kwargs):
             log.begin(state.log_history)
             if stopping:
@@ -71,9 +104,12 @@ def row_trainer(
             if state.global_step == steps:
                 # The Trainer, resumed from its last step, would take one more.
                 control.should_save = False
+            elif summed(rank, asked_to_stop()):
+                control.should_save = control.should_training_stop = True
 
         def on_log(self, args, state, control, logs, **kwargs):
             if "loss" in logs:  # There is a summary at the end too.
+                log.tokens = summed(rank, log.tokens)
                 log.take(state.log_history[-1])
                 if stopping and stopping.is_due(state.global_step):
                     self.consider(stopping, state, control)
@@ -87,14 +123,18 @@ def row_trainer(
             if stopping.is_time and step < steps:
                 control.should_training_stop = True
                 log.end(step)
-            ends = control.should_training_stop or step == steps
+            ends = stopping.is_time or step == steps
             control.should_save = not ends and (control.should_save or stopping.best_step == step)
 
         def on_save(self, args, state, control, **kwargs):
             refuse_not_finite(model, state.global_step)
             staged = staging / f"checkpoint-{state.global_step}"
             best = stopping.best_step if stopping else None
-            checkpoints.seal(staging.parent, staged, state.global_step, keep=best)
+            # Each process has written its generators' state there.
+            trainer.accelerator.wait_for_everyone()
+            if rank.leads:
+                checkpoints.seal(staging.parent, staged, state.global_step, keep=best)
+            trainer.accelerator.wait_for_everyone()
 
     # The rows need no tokenizer, only SFTTrainer's constructor does.
     stub = PreTrainedTokenizerFast(
@@ -105,7 +145,7 @@ def row_trainer(
     with adapter_stays_float32(model):
         trainer = RowTrainer(
             model=model,
-            args=_arguments(params, steps, device, staging),
+            args=_arguments(params, steps, device, staging, per_device, accumulation),
             train_dataset=sequences,
             data_collator=collator(packed, params.attention),
             processing_class=stub,
@@ -114,10 +154,14 @@ def row_trainer(
     # Kept, it would be saved in every checkpoint and its token ids written into the model's config.
     trainer.processing_class = None
     trainer.remove_callback(PrinterCallback)
+    if rank.number:
+        set_seed(params.seed + rank.number)  # Other sequences, other noise.
     return trainer
 
 
-def _arguments(params: TrainParams, steps: int, device: str, staging: Path) -> Any:
+def _arguments(
+    params: TrainParams, steps: int, device: str, staging: Path, per_device: int, accumulation: int
+) -> Any:
     from trl import SFTConfig
 
     arguments = SFTConfig(
@@ -126,8 +170,9 @@ def _arguments(params: TrainParams, steps: int, device: str, staging: Path) -> A
         use_cpu=device == "cpu",
         bf16=params.precision == "bfloat16",
         max_steps=steps,
-        per_device_train_batch_size=params.batch_size,
-        gradient_accumulation_steps=params.gradient_accumulation,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        ddp_find_unused_parameters=False,
         learning_rate=params.learning_rate,
         lr_scheduler_type=params.schedule,
         warmup_steps=math.ceil(steps * params.warmup_fraction),

@@ -39,6 +39,8 @@ class Runtime:
     home: Path = field(default_factory=_setting("HOME", ".retuner"))
     """Everything a run leaves behind: store, MLflow, Prefect, audit log."""
     device: str = field(default_factory=_setting("DEVICE", "auto"))
+    processes: int = field(default_factory=_setting("PROCESSES", "1"))
+    """That train together on this machine: one for each GPU, or on a CPU as many as there are cores for."""
     tracking_uri: str | None = field(default_factory=_setting("TRACKING_URI"))
     """MLflow's; SQLite under `home` when not given. MLFLOW_TRACKING_URI is honoured too."""
     store_remote: str | None = field(default_factory=_setting("STORE_REMOTE"))
@@ -49,6 +51,9 @@ class Runtime:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "home", Path(self.home))
+        if not str(self.processes).isdecimal() or not int(self.processes):
+            raise Refused(f"RETUNER_PROCESSES or --processes is {self.processes!r}", "a whole number above 0")
+        object.__setattr__(self, "processes", int(self.processes))
         for name, accepted in (("device", DEVICES), ("log_level", LOG_LEVELS)):
             value = getattr(self, name)
             if value not in accepted:

@@ -37,11 +37,13 @@ from retuner.observe import Observer
 from retuner.packing import RowCounts, count_rows, lay_out, read_rows
 from retuner.params import TrainParams
 from retuner.quantized import bits_and_bytes, keep_differentiable
+from retuner.ranks import ALONE, Rank, agreed
 from retuner.row_trainer import row_trainer
 from retuner.skeleton import read_skeleton
 from retuner.step_log import StepLog
 from retuner.stopping import HELD_OUT_LOSS, Stopping, needed_by
 from retuner.targets import Targets, choose_targets
+from retuner.termination import sigterm_held_back
 from retuner.warm_start import read_start
 
 
@@ -59,6 +61,7 @@ class Learned:
     stopping: Stopping | None
     resumed: Path | None
     packing_fill: float
+    processes: int
 
 
 def train(
@@ -73,28 +76,33 @@ def train(
 ) -> AdapterFacts:
     """Write adapter_model.safetensors, adapter_config.json and what people can look at into `out`.
 
-    `work` survives a kill: a later call with the same params goes on from its newest whole checkpoint. `start` is
-    a folder with the adapter to begin as, for a warm start.
+    `work` survives a kill: a later call with the same params goes on from its newest whole checkpoint. SIGTERM waits
+    until the step under way is done and sealed. `start` is a folder with the adapter to begin as, for a warm start.
     Errors: Refused or Unavailable, before any weight is loaded, when this cannot work; RetunerError when
     the numbers stop being finite.
     """
     with learned(work, chats, base, params, device, observer, start) as result:
-        write_adapter(out, result.model, base.facts.source, result.begun)
-        effective = _effective(result, params)
-        points = result.log.points()
-        _write_aside(out / "aside", result, points, effective)
-        trainable = count_trainable(result.model, result.targets)
-        return AdapterFacts(
-            sha256=sha256_file(out / WEIGHTS),
-            trained_steps=result.steps,
-            final_loss=points[-1][1]["loss"],
-            trainable_parameters=sum(trainable.values()),
-            total_parameters=result.model.get_nb_trainable_parameters()[1],
-            adapted_modules=count_adapted(result.model),
-            trainable_by_module=trainable,
-            packing_fill=result.packing_fill,
-            effective=effective,
-        )
+        return write_learned(out, result, base, params)
+
+
+def write_learned(out: Path, result: Learned, base: Base, params: TrainParams) -> AdapterFacts:
+    """The files of the adapter, into `out`. Errors: RetunerError when they are not what was learned."""
+    write_adapter(out, result.model, base.facts.source, result.begun)
+    effective = _effective(result, params)
+    points = result.log.points()
+    _write_aside(out / "aside", result, points, effective)
+    trainable = count_trainable(result.model, result.targets)
+    return AdapterFacts(
+        sha256=sha256_file(out / WEIGHTS),
+        trained_steps=result.steps,
+        final_loss=points[-1][1]["loss"],
+        trainable_parameters=sum(trainable.values()),
+        total_parameters=result.model.get_nb_trainable_parameters()[1],
+        adapted_modules=count_adapted(result.model),
+        trainable_by_module=trainable,
+        packing_fill=result.packing_fill,
+        effective=effective,
+    )
 
 
 @contextmanager
@@ -106,14 +114,18 @@ def learned(
     device: str,
     observer: Observer,
     start: Path | None = None,
+    rank: Rank = ALONE,
 ) -> Iterator[Learned]:
-    """As `train`, before anything is written. Afterwards the model is let go of."""
+    """As `train`, before anything is written. Afterwards the model is let go of.
+
+    Of several processes each does this, with the same `work`.
+    """
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with reproducible(), quiet():
-        result = _learn(work, chats, base, params, device, observer, start)
+        result = _learn(work, chats, base, params, device, observer, start, rank)
         yield result
         result.model = None
         if device == "cuda":
@@ -129,10 +141,11 @@ def _learn(
     device: str,
     observer: Observer,
     start: Path | None,
+    rank: Rank,
 ) -> Learned:
     import torch
 
-    staging = checkpoints.clear_staging(work)
+    staging = checkpoints.clear_staging(work) if rank.leads else work / "staging"
     rows = read_rows(chats.path / "train.arrow")
     counts = count_rows(rows)
     refuse_what_cannot_work(counts, params, device)
@@ -144,7 +157,7 @@ def _learn(
     packs = chats.path / "packs.arrow"
     packed = packs.exists()
     if packed:
-        sequences, sequence_tokens = lay_out(rows, packs, work / "packed.arrow")
+        sequences, sequence_tokens = lay_out(rows, packs, work / f"packed-{rank.number}.arrow")
     else:
         sequences, sequence_tokens = rows, counts.longest_tokens
     fill = counts.tokens / (len(sequences) * sequence_tokens)
@@ -165,12 +178,19 @@ def _learn(
     _say_what_learns(model, targets, counts, packed, fill, observer)
 
     log = StepLog(params.log_every_steps, steps, observer)
-    trainer = row_trainer(model, sequences, packed, params, steps, device, staging, log, stopping)
-    resumed = checkpoints.newest_whole(work, observer.say, needed_by)
-    if resumed:
-        observer.say(f"train: going on after {resumed.name} of {steps}")
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    finished = trainer.state.global_step
+    with sigterm_held_back() as asked_to_stop:
+        trainer = row_trainer(
+            model, sequences, packed, params, steps, device, staging, log, stopping, asked_to_stop, rank
+        )
+        resumed = agreed(rank, lambda: checkpoints.newest_whole(work, observer.say, needed_by))
+        if resumed:
+            observer.say(f"train: going on after {resumed.name} of {steps}{_other_layout(resumed, rank)}")
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        finished = trainer.state.global_step
+        if asked_to_stop() and finished < log.steps:
+            observer.say(
+                f"train: stopped by SIGTERM after step {finished} of {log.steps}; run again to go on"
+            )
     if finished != log.steps:
         raise RetunerError(f"training ended after step {finished}", f"{log.steps} steps")
     refuse_not_finite(model, finished)
@@ -187,7 +207,14 @@ def _learn(
         stopping=stopping,
         resumed=resumed,
         packing_fill=fill,
+        processes=rank.of,
     )
+
+
+def _other_layout(resumed: Path, rank: Rank) -> str:
+    made_by = checkpoints.processes(resumed)
+    told = f", which {made_by} made; from here {rank.of} train, and chance is drawn anew"
+    return told if made_by != rank.of else ""
 
 
 def _say_what_learns(
@@ -224,6 +251,7 @@ def _effective(result: Learned, params: TrainParams) -> dict[str, str]:
         "requested_use_cache": "False",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "threads": str(torch.get_num_threads()),
+        "processes": str(result.processes),
     }
     if packed := getattr(config, "quantization_config", None):
         told["quantization"] = (

@@ -1,7 +1,7 @@
 from pathlib import Path
 from typing import Any
 
-from retuner import registry, training
+from retuner import launch, registry, training
 from retuner.artifacts import AdapterFacts, Base, Chats
 from retuner.metric_stream import MetricStream
 from retuner.observe import Tee
@@ -34,8 +34,10 @@ def train(run: RunContext, chats: Chats, base: Base, params: TrainParams) -> Ste
         elif params.warm_start == "production":
             run.observer.say("train: nothing is in production to learn on from; the adapter begins at zero")
         with MetricStream(run.mlflow_run(work.name), run.observer.say) as stream:
-            listener = Tee(run.observer, stream)
-            return training.train(out, work, chats, base, params, run.runtime.device, listener, folder)
+            asked = (out, work, chats, base, params, run.runtime.device, Tee(run.observer, stream), folder)
+            if run.runtime.processes > 1:
+                return launch.train_in_processes(*asked, run.runtime.processes)
+            return training.train(*asked)
 
     extra = ("bitsandbytes",) if needs_bitsandbytes(params) else ()
     return Step(

@@ -1,10 +1,14 @@
 """A checkpoint is whole, or it is not used."""
 
 import json
+import os
+import shutil
 
 import pytest
+from training_job import STEPS, Heard, make_inputs, run
 
-from retuner.checkpoints import NEEDED, clear_staging, newest_whole, seal
+from retuner.checkpoints import MANIFEST, NEEDED, clear_staging, newest_whole, seal
+from retuner.stopping import needed_by
 
 
 def staged(work, step, lacking=()):
@@ -115,3 +119,68 @@ def test_the_manifest_is_written_after_everything_it_names(work, monkeypatch):
     recorded = json.loads((work / "sealed" / "step-10" / "manifest.json").read_text())
     assert recorded["step"] == 10
     assert set(recorded["files"]) == NEEDED
+
+
+# --- checkpoints as training makes them
+
+FILES = sorted({*NEEDED, "README.md", "training_args.bin", MANIFEST})
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_a_bit(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+
+
+HARMS = {"truncated": truncate, "a bit flipped": flip_a_bit, "removed": os.unlink}
+every_file = pytest.mark.parametrize("name", FILES)
+every_harm = pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
+
+
+@pytest.fixture(scope="module")
+def died(tmp_path_factory):
+    """A training that died after step 9, with the checkpoints of steps 6 and 8."""
+    folder = make_inputs(tmp_path_factory.mktemp("died"))
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, observer=Heard(die_after=9), out="died")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return run(make_inputs(tmp_path_factory.mktemp("undisturbed")))
+
+
+def test_these_are_the_files_of_a_checkpoint(died):
+    assert sorted(path.name for path in (died / "work" / "sealed" / "step-8").iterdir()) == FILES
+
+
+@every_harm
+@every_file
+def test_a_real_checkpoint_with_a_damaged_file_is_told_and_not_used(died, tmp_path, name, harm):
+    work = shutil.copytree(died / "work", tmp_path / "work")
+    harm(work / "sealed" / "step-8" / name)
+    said = []
+    assert newest_whole(work, said.append, needed_by) == work / "sealed" / "step-6"
+    (line,) = said
+    assert "step-8 is not used" in line
+    assert ("manifest" if name == MANIFEST else name) in line
+
+
+@pytest.mark.slow
+@every_harm
+@every_file
+def test_training_goes_on_from_the_checkpoint_before_the_damaged_one_to_the_same_bytes(
+    died, undisturbed, tmp_path, name, harm
+):
+    folder = shutil.copytree(died, tmp_path / "harmed")
+    harm(folder / "work" / "sealed" / "step-8" / name)
+    heard = Heard()
+    assert run(folder, observer=heard).sha256 == undisturbed.sha256
+    assert any("step-8 is not used" in line for line in heard.lines)
+    assert any("going on after step-6" in line for line in heard.lines)
+    assert heard.steps == list(range(7, STEPS + 1))

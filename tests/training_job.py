@@ -2,7 +2,7 @@
 
 `python training_job.py` reads folders from stdin and trains in each in a fork of itself, as its asked.json says; it
 says the fork's process id and then how the fork ended. So the libraries are imported once, however often a training
-is killed.
+is killed. While it trains, the fork keeps in the folder's `inside` which step it has finished.
 """
 
 import json
@@ -188,6 +188,19 @@ def run(
     )
 
 
+class Inside(Heard):
+    """Keeps the step in a file, too, for whoever kills this process."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.file = file
+        file.write_text("0")
+
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        super().progress(what, done, total, note)
+        self.file.write_text(str(done))
+
+
 @dataclass
 class Fork:
     """A training in a fork of the job."""
@@ -195,8 +208,8 @@ class Fork:
     pid: int
     process: subprocess.Popen[str]
 
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
 
     def wait(self) -> int:
         return int(self.process.stdout.readline())
@@ -255,10 +268,11 @@ def main() -> None:
         asked_folder, to_be_killed = json.loads(line)
         folder, child = Path(asked_folder), os.fork()
         if not child:
-            heard, asked = Heard(), params()
+            heard, asked = Inside(folder / "inside"), params()
             if (folder / "asked.json").exists():
                 asked = TrainParams.model_validate_json((folder / "asked.json").read_bytes())
             facts = run(folder, asked, heard, out=f"out-{number}")
+            heard.file.unlink()
             while to_be_killed:
                 signal.pause()
             done = {"sha256": facts.sha256, "lines": heard.lines}

@@ -1,0 +1,247 @@
+"""Several processes learn what one does, and each goes on where the other was stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from projects import ROOT
+from training_job import Heard, base_of, chats_of, make_inputs, params, run
+
+from retuner.errors import Refused, RetunerError, Unavailable
+from retuner.launch import train_in_processes
+from retuner.lora import WEIGHTS
+from retuner.ranks import EvenOrder, share
+from retuner.runtime import Runtime
+
+STEPS, TOLERANCE = 20, 1e-4
+
+
+def asked(**changed):
+    """Ten sequences a step, of which an epoch's last one has two."""
+    chosen = {"max_steps": STEPS, "log_every_steps": 1, "batch_size": 5, "checkpoint_every_steps": 3}
+    return params({"dropout": 0.0}, **{**chosen, **changed})
+
+
+def together(folder, wanted, observer=None, out="out", work="work", processes=2, device="cpu"):
+    (folder / out).mkdir()
+    (folder / work).mkdir(exist_ok=True)
+    places = folder / out, folder / work, chats_of(folder), base_of(folder)
+    return train_in_processes(*places, wanted, device, observer or Heard(), None, processes)
+
+
+def curve(heard):
+    return {step: (values["loss"], values["grad_norm"]) for step, values in heard.points}
+
+
+def assert_same_curve(found, expected):
+    assert found.keys() == expected.keys()
+    for step in expected:
+        assert found[step] == pytest.approx(expected[step], abs=TOLERANCE), step
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder and the listener of one process."""
+    folder, heard = make_inputs(tmp_path_factory.mktemp("alone")), Heard()
+    run(folder, asked(), heard)
+    return folder, heard
+
+
+class Interrupting(Heard):
+    """Sends a signal to the process of a rank, or to this one, once it hears of a step."""
+
+    def __init__(self, after, number, rank=None):
+        super().__init__()
+        self.after, self.number, self.rank = after, number, rank
+
+    def progress(self, what, done, total, note=""):
+        super().progress(what, done, total, note)
+        if done == self.after:
+            os.kill(os.getpid() if self.rank is None else pid_of(self.rank), self.number)
+
+
+def ranks(parent=None):
+    """Rank to process, of those that the launcher below this process or another has started."""
+    found = psutil.Process(parent).children(recursive=True)
+    return {int(each.environ()["RANK"]): each for each in found if "RANK" in each.environ()}
+
+
+def pid_of(rank):
+    return ranks()[rank].pid
+
+
+def tokens_a_step(folder):
+    state = json.loads((folder / "work" / "sealed" / "step-18" / "trainer_state.json").read_bytes())
+    return [entry["tokens"] for entry in state["log_history"]]
+
+
+# --- the same training
+
+
+def test_two_processes_learn_what_one_does(alone, tmp_path):
+    from safetensors.torch import load_file
+    from torch.testing import assert_close
+
+    folder, heard = make_inputs(tmp_path), Heard()
+    facts = together(folder, asked(), heard)
+    assert_same_curve(curve(heard), curve(alone[1]))
+    assert heard.steps == list(range(1, STEPS + 1))
+    assert heard.lines == alone[1].lines
+    learned = [load_file(place / "out" / WEIGHTS) for place in (folder, alone[0])]
+    assert_close(*learned, atol=TOLERANCE, rtol=0)
+    assert facts.effective["processes"] == "2"
+    assert tokens_a_step(folder) == tokens_a_step(alone[0])
+
+
+def test_a_killed_rank_ends_the_training_and_one_process_can_go_on(alone, tmp_path):
+    folder, heard = make_inputs(tmp_path), Interrupting(4, signal.SIGKILL, rank=1)
+    with pytest.raises(RetunerError, match="2 processes that trained together died") as error:
+        together(folder, asked(), heard, out="died")
+    assert "SIGKILL" in str(error.value)
+    assert heard.steps[-1] < STEPS
+    assert ranks() == {}
+    again = Heard()
+    run(folder, asked(), again)
+    assert any("going on after step-" in line and "which 2 made" in line for line in again.lines)
+    assert_same_curve({**curve(heard), **curve(again)}, curve(alone[1]))
+
+
+@pytest.mark.slow
+def test_what_one_process_began_two_can_finish(alone, tmp_path):
+    folder, heard = make_inputs(tmp_path), Heard(die_after=7)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, asked(), heard, out="died")
+    again = Heard()
+    together(folder, asked(), again)
+    assert any("going on after step-6 of 20, which 1 made; from here 2 train" in line for line in again.lines)
+    assert again.steps == list(range(7, STEPS + 1))
+    assert_same_curve({**curve(heard), **curve(again)}, curve(alone[1]))
+
+
+# --- the same bytes, for the same number of processes
+
+NOISY = params(noise_alpha=5.0, max_steps=30, batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Two processes, with dropout and noise."""
+    return together(make_inputs(tmp_path_factory.mktemp("undisturbed")), NOISY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_after_the_kill_of_a_rank_two_processes_end_in_the_same_bytes(undisturbed, tmp_path, rank):
+    folder = make_inputs(tmp_path)
+    with pytest.raises(RetunerError):
+        together(folder, NOISY, Interrupting(9, signal.SIGKILL, rank), out="died")
+    heard = Heard()
+    assert together(folder, NOISY, heard).sha256 == undisturbed.sha256
+    assert any("going on after step-" in line and "made" not in line for line in heard.lines)
+
+
+@pytest.mark.slow
+def test_sigterm_lets_all_ranks_finish_their_step(undisturbed, tmp_path):
+    class Ended(Exception):
+        pass
+
+    def end(number, frame):
+        raise Ended
+
+    folder, heard = make_inputs(tmp_path), Interrupting(9, signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(Ended):
+            together(folder, NOISY, heard, out="terminated")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    step = heard.steps[-1]
+    assert 9 < step < 30
+    assert heard.lines[-1] == f"train: stopped by SIGTERM after step {step} of 30; run again to go on"
+    again = Heard()
+    assert together(folder, NOISY, again).sha256 == undisturbed.sha256
+    assert again.steps[0] == step + 1
+
+
+@pytest.mark.slow
+def test_ranks_do_not_outlive_who_asked_for_them(tmp_path):
+    make_inputs(tmp_path)
+    program = (
+        "from pathlib import Path\n"
+        "from test_processes import *\n"
+        f"together(Path({str(tmp_path)!r}), asked(max_steps=100000))\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    parent = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path})
+    wait_until(lambda: list((tmp_path / "work").glob("sealed/step-*")))
+    started = psutil.Process(parent.pid).children(recursive=True)
+    assert len(started) >= 3, "a launcher and two ranks"
+    parent.kill()
+    parent.wait()
+    wait_until(
+        lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in started)
+    )
+
+
+def wait_until(ask, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not ask():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+# --- shares
+
+
+@pytest.mark.parametrize(
+    "batch_size,accumulation,processes,expected",
+    [
+        (4, 2, 1, (4, 2)),
+        (4, 2, 2, (4, 1)),
+        (8, 1, 4, (2, 1)),
+        (3, 4, 6, (2, 1)),
+        (5, 2, 2, (5, 1)),
+        (1, 8, 2, (1, 4)),
+    ],
+)
+def test_the_sequences_of_a_step_are_shared_out(batch_size, accumulation, processes, expected):
+    wanted = params(batch_size=batch_size, gradient_accumulation=accumulation)
+    assert share(wanted, processes) == expected
+
+
+def test_another_batch_than_the_params_say_is_refused(tmp_path):
+    with pytest.raises(Refused, match="4 sequences a step, for 3 processes"):
+        together(make_inputs(tmp_path), params(), processes=3)
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path):
+    import torch
+
+    count = torch.cuda.device_count() + 1
+    with pytest.raises(Unavailable, match="CUDA devices"):
+        together(make_inputs(tmp_path), params(batch_size=count), processes=count, device="cuda")
+
+
+def test_every_sequence_comes_once_an_epoch_and_batches_are_even():
+    order = EvenOrder(12, seed=3, together=10)
+    epochs = []
+    for epoch in range(2):
+        order.set_epoch(epoch)
+        drawn = list(order)
+        assert len(drawn) == len(order) == 20
+        assert sorted(drawn[:12]) == list(range(12))
+        assert drawn[12:] == [12] * 8
+        epochs.append(drawn)
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("processes", ["0", "two", "-1", "1.5"])
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, processes):
+    monkeypatch.setenv("RETUNER_PROCESSES", processes)
+    with pytest.raises(Refused, match="RETUNER_PROCESSES"):
+        Runtime()
