@@ -8,7 +8,7 @@ from retuner import checkpoints
 from retuner.lora import refuse_not_finite
 from retuner.noise import EmbeddingNoise
 from retuner.packing import NO_LOSS, PAD_ID, collator, take_token_count
-from retuner.params import TrainParams
+from retuner.params import SftParams, TrainParams
 from retuner.quantized import adapter_stays_float32
 from retuner.step_log import StepLog
 from retuner.stopping import Stopping
@@ -20,7 +20,7 @@ def row_trainer(
     model: Any,
     sequences: Any,
     packed: bool,
-    params: TrainParams,
+    params: SftParams,
     steps: int,
     device: str,
     staging: Path,
@@ -32,10 +32,7 @@ def row_trainer(
     Its `train` raises RetunerError in the step in which a number stops being finite, and returns before the last
     step where `stopping` says so.
     """
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
-    from trl import SFTTrainer
+    from trl import SFTConfig, SFTTrainer
 
     noise = EmbeddingNoise(model, params.noise_alpha) if params.noise_alpha else None
     # TRL's own loss knows no smoothing that would not cost it a second pass, and takes the head for frozen.
@@ -53,13 +50,34 @@ def row_trainer(
                 return supervised_loss(base, inputs, num_items_in_batch, params.label_smoothing)
 
         def create_optimizer(self, model=None):
-            if params.lora.learning_rate_ratio is None:
-                return super().create_optimizer(model)
-            self.optimizer = _lora_plus(self, model or self.model, params)
+            self.optimizer = lora_plus(self, model, params) or super().create_optimizer(model)
             return self.optimizer
 
         def create_model_card(self, *args, **kwargs):
             """TRL writes one beside every checkpoint."""
+
+    # Packed and masked already; left to itself TRL would cut rows to 1024 tokens.
+    own = {"packing": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    arguments = trainer_arguments(SFTConfig, params, steps, device, staging, **own)
+    collate = collator(packed, params.attention)
+    return watched(RowTrainer, arguments, collate, model, sequences, steps, staging, log, stopping)
+
+
+def watched(
+    kind: Any,
+    arguments: Any,
+    collate: Any,
+    model: Any,
+    sequences: Any,
+    steps: int,
+    staging: Path,
+    log: StepLog,
+    stopping: Stopping | None = None,
+) -> Any:
+    """A trainer of a TRL class, which says its steps to `log` and seals its checkpoints."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -96,18 +114,18 @@ def row_trainer(
             best = stopping.best_step if stopping else None
             checkpoints.seal(staging.parent, staged, state.global_step, keep=best)
 
-    # The rows need no tokenizer, only SFTTrainer's constructor does.
+    # The rows need no tokenizer, only TRL's constructors do.
     stub = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({PAD: PAD_ID}, unk_token=PAD)),
         pad_token=PAD,
         eos_token=PAD,
     )
     with adapter_stays_float32(model):
-        trainer = RowTrainer(
+        trainer = kind(
             model=model,
-            args=_arguments(params, steps, device, staging),
+            args=arguments,
             train_dataset=sequences,
-            data_collator=collator(packed, params.attention),
+            data_collator=collate,
             processing_class=stub,
             callbacks=[Watch()],
         )
@@ -117,10 +135,11 @@ def row_trainer(
     return trainer
 
 
-def _arguments(params: TrainParams, steps: int, device: str, staging: Path) -> Any:
-    from trl import SFTConfig
-
-    arguments = SFTConfig(
+def trainer_arguments(
+    kind: Any, params: TrainParams, steps: int, device: str, staging: Path, **own: Any
+) -> Any:
+    """The arguments of a TRL class, of which `own` are those that others do not have."""
+    arguments = kind(
         output_dir=str(staging),
         seed=params.seed,
         use_cpu=device == "cpu",
@@ -136,10 +155,6 @@ def _arguments(params: TrainParams, steps: int, device: str, staging: Path) -> A
         max_grad_norm=params.max_grad_norm,
         gradient_checkpointing=params.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
-        # Packed and masked already; left to itself TRL would cut rows to 1024 tokens.
-        packing=False,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=device == "cuda",
         save_strategy="steps",
         save_steps=params.checkpoint_every_steps,
@@ -148,8 +163,9 @@ def _arguments(params: TrainParams, steps: int, device: str, staging: Path) -> A
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
+        **own,
     )
-    # Where several GPUs are visible to one process, SFTTrainer refuses; one is what a run asks for.
+    # Where several GPUs are visible to one process, TRL refuses; one is what a run asks for.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -158,10 +174,14 @@ def _learns(module: Any) -> bool:
     return any(weight.requires_grad for weight in module.parameters())
 
 
-def _lora_plus(trainer: Any, model: Any, params: TrainParams) -> Any:
-    """PEFT's LoRA+ optimizer: B, biases and magnitudes learn `learning_rate_ratio` times as fast."""
+def lora_plus(trainer: Any, model: Any, params: TrainParams) -> Any:
+    """PEFT's LoRA+ optimizer, where params ask for it: B, biases and magnitudes learn `learning_rate_ratio` times as
+    fast."""
     from peft.optimizers import create_loraplus_optimizer
 
+    if params.lora.learning_rate_ratio is None:
+        return None
+    model = model or trainer.model
     kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     return create_loraplus_optimizer(
         model,

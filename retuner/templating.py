@@ -50,7 +50,7 @@ def template(
     Errors: Refused when a chat is too long and `params.too_long` is `refuse`, when nothing to train or score on
     remains, and when the base's template cannot lay out the chats. The message names a chat.
     """
-    _check_room(base, params)
+    check_room(base, params)
     renderer = Renderer(load_tokenizer(base.path))
     rows = RowMemo(memo or work / "rows")
     check = ReferenceCheck(renderer)
@@ -61,7 +61,7 @@ def template(
     for side, before in ((train, 0), (held_out, len(train.lines))):
         side.places = rows.find(side.lines.ids)
         new += int((side.places.file == MISSING).sum())
-        for done in _add_missing(renderer, rows, side):
+        for done in add_missing(renderer, rows, side):
             observer.progress("rows templated", before + done, total)
     rows.flush()
     if new < total:
@@ -96,7 +96,7 @@ def template(
     return facts
 
 
-def _add_missing(renderer: Renderer, rows: RowMemo, side: Side) -> Iterator[int]:
+def add_missing(renderer: Renderer, rows: RowMemo, side: Side) -> Iterator[int]:
     """Tokenise what the memo does not hold; tells how many rows are done, those it holds included."""
     import numpy as np
 
@@ -187,14 +187,15 @@ def _write_rows(path: Path, side: Side, rows: RowMemo, params: TemplateParams) -
             columns = [
                 hex_strings(side.lines.ids[numbers]),
                 hex_strings(side.lines.groups[numbers]),
-                _listed(batch.input_ids, batch.offsets),
-                _listed(batch.labels(), batch.offsets),
+                listed(batch.input_ids, batch.offsets),
+                listed(batch.labels(), batch.offsets),
             ]
             stream.write_batch(pa.record_batch(columns, schema=schema))
             rows.let_go()
 
 
-def _listed(values: "NDArray[Any]", offsets: "NDArray[Any]") -> Any:
+def listed(values: "NDArray[Any]", offsets: "NDArray[Any]") -> Any:
+    """An Arrow array of lists of int32; `offsets` say where each begins in `values`, and where the last ends."""
     import numpy as np
     import pyarrow as pa
 
@@ -238,7 +239,7 @@ def _write_page(
 # --- what is refused, and what is said
 
 
-def _check_room(base: Base, params: TemplateParams) -> None:
+def check_room(base: Base, params: TemplateParams) -> None:
     room = json.loads((base.path / "config.json").read_bytes()).get("max_position_embeddings")
     if room is not None and params.max_tokens > room:
         raise Refused(

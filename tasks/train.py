@@ -1,11 +1,11 @@
 from pathlib import Path
 from typing import Any
 
-from retuner import registry, training
+from retuner import dpo, registry, training
 from retuner.artifacts import AdapterFacts, Base, Chats
 from retuner.metric_stream import MetricStream
 from retuner.observe import Tee
-from retuner.params import TrainParams
+from retuner.params import DpoParams, TrainParams
 from retuner.quantized import needs_bitsandbytes, require_bitsandbytes
 from retuner.warm_start import production_start, train_request
 from tasks.context import RunContext
@@ -35,12 +35,14 @@ def train(run: RunContext, chats: Chats, base: Base, params: TrainParams) -> Ste
             run.observer.say("train: nothing is in production to learn on from; the adapter begins at zero")
         with MetricStream(run.mlflow_run(work.name), run.observer.say) as stream:
             listener = Tee(run.observer, stream)
+            if isinstance(params, DpoParams):
+                return dpo.train(out, work, chats, base, params, run.runtime.device, listener, folder)
             return training.train(out, work, chats, base, params, run.runtime.device, listener, folder)
 
     extra = ("bitsandbytes",) if needs_bitsandbytes(params) else ()
     return Step(
         stage="train",
-        code=("retuner.training:train",),
+        code=("retuner.dpo:train" if isinstance(params, DpoParams) else "retuner.training:train",),
         libraries=(
             *("accelerate", "datasets", "numpy", "peft", "safetensors", "torch", "transformers", "trl"),
             *extra,
