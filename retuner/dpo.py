@@ -2,7 +2,8 @@
 
 The reference is what training begins as: the adapter of a warm start on its base, else the base alone. Its
 log-probabilities are computed once, before the first step, without dropout, and never change: from the first whole
-epoch on that is less work than asking a frozen copy in every step, and a resumed run computes the very same ones.
+epoch on that is less work than asking a frozen copy in every step, and a resumed run computes the very same ones. (With `lora.dropout` the policy is noisy
+from the first step on while the reference is not; TRL by default has none in DPO, and 0.0 is the better choice.)
 The rest is as for chats: seeds, checkpoints, resuming, the step log and the files of the adapter.
 """
 

@@ -265,7 +265,7 @@ def _tool_transcript(found: str) -> Refused:
 
 
 def conversation(turns: list[Turn]) -> Messages:
-    """The turns in their order, optional system, then user and assistant in turn up to an assistant. Errors: Problem."""
+    """Optional system, then user and assistant in turn up to an assistant, in their order. Errors: Problem."""
     messages: list[dict[str, str]] = []
     expected = "user"
     for role, said, place in turns:

@@ -14,7 +14,6 @@ from pydantic_core import ErrorDetails
 
 from retuner.errors import Refused
 
-
 PREFERENCE_METRICS = ("preference_accuracy", "preference_margin", "dpo_loss")
 """Scores of held-out preference pairs, see `retuner.pair_evaluation`."""
 
@@ -260,8 +259,8 @@ class DpoSettings(Strict):
     def _smoothing_that_is_used(self):
         if (self.loss_type == "robust") != (self.label_smoothing > 0):
             raise ValueError(
-                f"loss_type is {self.loss_type} and label_smoothing {self.label_smoothing:g}: robust needs a share above "
-                "0, the other losses know none"
+                f"loss_type is {self.loss_type} and label_smoothing {self.label_smoothing:g}: robust needs a share "
+                "above 0, the other losses know none"
             )
         return self
 

@@ -1,6 +1,5 @@
 """A small training from preference pairs that tests repeat: as `training_job`, with pairs of random ids."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any

@@ -25,7 +25,7 @@ from projects import ROOT
 from retuner.artifacts import AdapterFacts, Base, BaseFacts, Chats, ChatsFacts
 from retuner.observe import Observer, Silent
 from retuner.pack_plan import plan_packs, write_packs
-from retuner.params import SftParams
+from retuner.params import DpoParams, SftParams
 from retuner.tiny_phi3 import write_tiny_phi3
 from retuner.training import train
 
@@ -251,15 +251,21 @@ def main() -> None:
     import peft  # Slow to import; the forks inherit them.
     import trl
 
-    assert peft.LoraConfig and trl.SFTTrainer and trl.SFTConfig
+    assert peft.LoraConfig and trl.SFTTrainer and trl.SFTConfig and trl.DPOTrainer
     for number, line in enumerate(sys.stdin):
         asked_folder, to_be_killed = json.loads(line)
         folder, child = Path(asked_folder), os.fork()
         if not child:
-            heard, asked = Heard(), params()
+            heard, asked, carry_out = Heard(), params(), run
             if (folder / "asked.json").exists():
-                asked = SftParams.model_validate_json((folder / "asked.json").read_bytes())
-            facts = run(folder, asked, heard, out=f"out-{number}")
+                written = (folder / "asked.json").read_bytes()
+                if json.loads(written)["recipe"] == "dpo":
+                    import pair_job
+
+                    asked, carry_out = DpoParams.model_validate_json(written), pair_job.run
+                else:
+                    asked = SftParams.model_validate_json(written)
+            facts = carry_out(folder, asked, heard, out=f"out-{number}")
             while to_be_killed:
                 signal.pause()
             done = {"sha256": facts.sha256, "lines": heard.lines}
