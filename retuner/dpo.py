@@ -2,9 +2,10 @@
 
 The reference is what training begins as: the adapter of a warm start on its base, else the base alone. Its
 log-probabilities are computed once, before the first step, without dropout, and never change: from the first whole
-epoch on that is less work than asking a frozen copy in every step, and a resumed run computes the very same ones. (With `lora.dropout` the policy is noisy
-from the first step on while the reference is not; TRL by default has none in DPO, and 0.0 is the better choice.)
-The rest is as for chats: seeds, checkpoints, resuming, the step log and the files of the adapter.
+epoch on that is less work than asking a frozen copy in every step, and a resumed run computes the very same ones.
+The policy has the dropout that `lora.dropout` says, and is noisy against the reference from the first step on unless
+that is 0, which is TRL's habit for DPO. The rest is as for chats: seeds, checkpoints, resuming, the step log and the
+files of the adapter.
 """
 
 import shutil
@@ -43,9 +44,7 @@ def train(
     recipe = training.Recipe(count_pairs, lay_out_pairs, pair_trainer, REWARDS)
     facts = training.train(out, work, chats, base, params, device, observer, start, recipe)
     reference = sha256_file(start / WEIGHTS) if start else None
-    return facts.model_copy(
-        update={"preference": PreferenceFacts(beta=params.dpo.beta, reference=reference)}
-    )
+    return facts.model_copy(update={"preference": PreferenceFacts(beta=params.dpo.beta, reference=reference)})
 
 
 def count_pairs(chats: Path) -> RowCounts:

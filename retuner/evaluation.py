@@ -135,7 +135,9 @@ def write_report(
 ) -> ReportFacts:
     """`scores` are those of held-out rows, by model; `lines` those of losses.jsonl."""
     _write_lines(out / "losses.jsonl", lines)
-    _write_lines(out / "answers.jsonl", _answer_lines(measured.prompts, measured.answers, measured.row_scores))
+    _write_lines(
+        out / "answers.jsonl", _answer_lines(measured.prompts, measured.answers, measured.row_scores)
+    )
     scores = {name: of_rows | measured.scores[name] for name, of_rows in scores.items()}
     facts = ReportFacts(scores=scores, prompts=len(measured.prompts), rows=len(lines))
     _write_lines(out / "report.json", [facts.model_dump(mode="json")])

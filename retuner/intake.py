@@ -175,7 +175,9 @@ class _Making:
             rejected = None if rejected is None else said[-1]["content"]
             self.redacted.update(counts)
             if rejected is not None and is_same(messages, rejected):
-                bad = BadRow(row.file, row.line, None, SAME_ANSWERS, "redacted, chosen and rejected are the same", "")
+                bad = BadRow(
+                    row.file, row.line, None, SAME_ANSWERS, "redacted, chosen and rejected are the same", ""
+                )
                 self.bad_rows.append(asdict(bad))
                 return
         self.format = row.format

@@ -62,7 +62,16 @@ def evaluate_pairs(
     reference_name = next((name for name in told if folders[name] == reference), REFERENCE)
     folders[reference_name] = reference
     measured = measure(
-        [*rows[0], *rows[1]], chats, base, folders, (REFERENCE,), params, precision, attention, device, observer
+        [*rows[0], *rows[1]],
+        chats,
+        base,
+        folders,
+        (REFERENCE,),
+        params,
+        precision,
+        attention,
+        device,
+        observer,
     )
     margins = {name: _margins(rows, losses) for name, losses in measured.losses.items()}
     each = {name: _scores(margins[name], margins[reference_name], preference.beta) for name in told}

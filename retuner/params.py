@@ -475,7 +475,9 @@ def _sentence(detail: ErrorDetails, data: Any) -> str:
         case "value_error":
             return f"{where + ': ' if where else ''}{detail['msg'].removeprefix('Value error, ')}"
         case "union_tag_invalid" | "union_tag_not_found":
-            key, tags = ("recipe", "sft, dpo") if where == "train" else ("source", "smollm2, hub, local, tiny")
+            key, tags = (
+                ("recipe", "sft, dpo") if where == "train" else ("source", "smollm2, hub, local, tiny")
+            )
             return f"{where}.{key}: expected one of {tags}"
     expected = detail["msg"].removeprefix("Input should be ")
     return f"{where}: expected {expected}, found {found!r}"

@@ -59,9 +59,7 @@ def said_in(messages: Sequence[dict[str, str]], rejected: str | None) -> tuple[d
     return (*messages, *([] if rejected is None else [{"role": "rejected", "content": rejected}]))
 
 
-def _given(
-    row: Mapping[str, Any], format: Format, wanted: Wanted, roles: Mapping[str, str]
-) -> list[Turn]:
+def _given(row: Mapping[str, Any], format: Format, wanted: Wanted, roles: Mapping[str, str]) -> list[Turn]:
     """The prompt that stands under a key of its own; none where the two sides begin with it."""
     if format.keys == PAIRS:
         return []
@@ -95,7 +93,11 @@ def _side(
     if format.keys == PAIRS and not _is_transcript(value):
         raise Problem("no_prompt", f"{key} is a text without turns, and no key says what it answers")
     if isinstance(asked, str) and _is_transcript(asked):
-        return _transcript(value, key) if _is_transcript(value) else [("assistant", value.removeprefix(" "), key)]
+        return (
+            _transcript(value, key)
+            if _is_transcript(value)
+            else [("assistant", value.removeprefix(" "), key)]
+        )
     return [("assistant", value, key)]
 
 

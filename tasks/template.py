@@ -27,7 +27,9 @@ def template(run: RunContext, splits: Splits, base: Base, params: TemplateParams
 
     return Step(
         stage="template",
-        code=("retuner.pair_templating:template_pairs" if splits.facts.pairs else "retuner.templating:template",),
+        code=(
+            "retuner.pair_templating:template_pairs" if splits.facts.pairs else "retuner.templating:template",
+        ),
         libraries=libraries,
         params=params.model_dump(mode="json"),
         inputs={"splits": splits.digest, **tokenizer},

@@ -17,9 +17,14 @@ Pair = tuple[list[int], list[int], list[int]]
 STOP = 1
 
 
-def params(lora: dict[str, Any] | None = None, settings: dict[str, Any] | None = None, **changed: Any) -> DpoParams:
+def params(
+    lora: dict[str, Any] | None = None, settings: dict[str, Any] | None = None, **changed: Any
+) -> DpoParams:
     shared = {name: value for name, value in PARAMS.items() if name in DpoParams.model_fields}
-    own = {"recipe": "dpo", "dpo": {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, **(settings or {})}}
+    own = {
+        "recipe": "dpo",
+        "dpo": {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, **(settings or {})},
+    }
     return DpoParams(**{**shared, **own, **changed, "lora": {**LORA, **(lora or {})}})
 
 

@@ -147,7 +147,9 @@ def test_a_broken_pair_is_a_bad_row_with_its_cause(tmp_path, name):
 
 def test_broken_bytes_of_a_pairs_file_are_bad_rows_too(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}\n{"prompt": "\xff"}\n{"prompt"')
+    path.write_bytes(
+        b'{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}\n{"prompt": "\xff"}\n{"prompt"'
+    )
     found = list(read_chats([DataFile("x.jsonl", path, 0, "")], "preference"))
     assert [bad.cause for bad in found] == ["duplicate_key", "bad_utf8", "truncated"]
 
@@ -180,7 +182,9 @@ def test_pairs_under_a_recipe_for_single_answers_are_refused_and_the_other_recip
 
 
 def some_pairs(count: int) -> list[dict]:
-    return [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": f"Not {n}."} for n in range(count)]
+    return [
+        {"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": f"Not {n}."} for n in range(count)
+    ]
 
 
 def test_pairs_are_split_by_their_prompt_as_conversations_are(tmp_path):
@@ -220,5 +224,7 @@ def test_marks_are_set_in_both_answers_and_may_leave_nothing_to_prefer(tmp_path)
     rows = [*some_pairs(30), mail, other]
     facts = stage({"x.jsonl": rows}, format="preference", redact=["email"], max_bad_rows=1)
     assert facts.rejected == {"same_answers": 1}
-    (kept,) = [r for side in ("train", "held_out") for r in stage.rows(side) if "Whom" in r["messages"][0]["content"]]
+    (kept,) = [
+        r for side in ("train", "held_out") for r in stage.rows(side) if "Whom" in r["messages"][0]["content"]
+    ]
     assert kept["messages"][-1]["content"] == "Ask [EMAIL]" and kept["rejected"] == "Do not ask [EMAIL]"
