@@ -11,6 +11,7 @@ from rich.text import Text
 from retuner.data_diff import DataDiff, State, WordShift
 from retuner.data_page import LEFT_OUT
 from retuner.data_report import LEAKS, DataReport, TokenReport
+from retuner.describe import ROLES
 from retuner.page_parts import percent
 
 
@@ -152,7 +153,7 @@ def _show_description(console: Console, read: DataReport) -> None:
     if not described.rows:
         return
     roles = _table("role", "messages", "characters", "median", "90 % below", "longest")
-    for role in sorted(described.messages, key=lambda role: ("system", "user", "assistant").index(role)):
+    for role in sorted(described.messages, key=ROLES.index):
         lengths = described.lengths[role]
         quantiles = (f"{lengths.quantile(share):,}" for share in (0.5, 0.9, 1.0))
         roles.add_row(role, f"{described.messages[role]:,}", f"{described.characters[role]:,}", *quantiles)

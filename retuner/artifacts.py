@@ -30,7 +30,8 @@ class BaseFacts(Facts):
 
 class SplitsFacts(Facts):
     """`prepare`: train.jsonl and held_out.jsonl, a conversation a line
-    `{"id", "group", "messages": [{"role", "content"}, ...]}`; aside/quarantine.jsonl, aside/report.json."""
+    `{"id", "group", "messages": [{"role", "content"}, ...]}`, of preference pairs also `"rejected"`, the other answer
+    than the last message; aside/quarantine.jsonl, aside/report.json."""
 
     formats: dict[str, str]
     rows_read: int
@@ -46,6 +47,8 @@ class SplitsFacts(Facts):
     held_out_rows: int
     train_groups: int
     held_out_groups: int
+    pairs: bool = False
+    """Rows are preference pairs."""
 
 
 class PacksFacts(Facts):
@@ -63,7 +66,8 @@ class ChatsFacts(Facts):
     list<int32>, label -100 where there is no loss), prompts.jsonl (a held-out prompt a line: `{"group",
     "prompt_ids", "messages", "references"}`, in group-hash order), packs.arrow where rows are packed (see
     `retuner.pack_plan`); aside/report.html, and aside/tokens.json
-    as `retuner.data_report.TokenReport`."""
+    as `retuner.data_report.TokenReport`. Of preference pairs the streams have `prompt_ids`, `chosen_ids` and
+    `rejected_ids` instead, and tokens are counted of prompt and answer of both sides."""
 
     train_rows: int
     held_out_rows: int
@@ -74,6 +78,16 @@ class ChatsFacts(Facts):
     left_out: dict[str, int]
     """Rows not used, by cause."""
     packs: PacksFacts | None
+    pairs: bool = False
+    """Rows are preference pairs."""
+
+
+class PreferenceFacts(Facts):
+    """What an adapter that learned from pairs was held against."""
+
+    beta: float
+    reference: str | None
+    """sha256 of the adapter that it began as; None for the base alone."""
 
 
 class AdapterFacts(Facts):
@@ -95,13 +109,15 @@ class AdapterFacts(Facts):
     effective: dict[str, str]
     """What the model really ran with: attention, dtype, use_cache, device type, processes; `requested_...` what was
     asked; and by which held-out rows its step was `chosen`, where it stopped early."""
+    preference: PreferenceFacts | None = None
 
 
 class ReportFacts(Facts):
     """`evaluate`: report.json (`scores`, as here), answers.jsonl (a prompt a line: `{"group", "prompt",
     "references", "answers": {model: text}, "scores": {model: {metric: number}}}`), losses.jsonl (a held-out row
-    a line: `{"id", "group", "tokens", "loss": {model: mean nats a supervised token}}`). Models are named `base`,
-    `production` (when there is one) and `candidate`."""
+    a line: `{"id", "group", "tokens", "loss": {model: mean nats a supervised token}}`, of preference pairs the loss on
+    the chosen answer, and `"preference": {model: {metric: number}}`). Models are named `base`, `production` (when there
+    is one) and `candidate`."""
 
     scores: dict[str, dict[str, float]]
     """Model to metric (`loss`, `perplexity`, and those asked for) to number over all held-out."""

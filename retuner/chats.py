@@ -30,6 +30,7 @@ from retuner.json_rows import (
     lines,
     parse,
 )
+from retuner.preferences import pair_of
 from retuner.table_rows import csv_rows, parquet_rows
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -52,12 +53,16 @@ MAX_BLOCK_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Optional system, then user and assistant in turn, ending in assistant; its row starts at `line`."""
+    """Optional system, then user and assistant in turn, ending in assistant; its row starts at `line`.
+
+    Of a preference pair the last answer is the chosen one."""
 
     messages: tuple[dict[str, str], ...]
     file: str
     line: int
     format: str
+    rejected: str | None = None
+    """The other answer of a preference pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,8 @@ class Block:
 def read_chats(
     files: Iterable[DataFile], format: str, columns: Mapping[str, str] | None = None
 ) -> Iterator[Chat | BadRow]:
-    """Every row of `files`, in order. `format` is the name of a format, or `auto`: each file's first row decides.
+    """Every row of `files`, in order. `format` is the name of a format, or `auto` or `preference`: each
+    file's first row decides.
 
     `columns` gives the data's own names for keys of a format, e.g. {"prompt": "question_text"}.
     Errors: Refused for a file of another kind and a mapping that fits no format, Unavailable for a file that
@@ -128,8 +134,8 @@ def blocks(file: DataFile) -> Iterator[Block]:
 def format_of_file(file: DataFile, format: str, columns: Mapping[str, str] | None = None) -> str | None:
     """The format that `read_chats` would find for the rows of a file: None when no row shows one. Errors: as there."""
     wanted = Wanted(format, columns)
-    if format != "auto":
-        return format
+    if wanted.fixed:
+        return wanted.fixed
     for row in _rows(file, wanted):
         try:
             return wanted.recognise(parse(row), None).name
@@ -155,14 +161,17 @@ def read_block(
 def _chats(
     file: DataFile, rows: Iterator[RawRow], wanted: Wanted, found: str | None, lines_before: int = 0
 ) -> Iterator[Chat | BadRow]:
-    if wanted.format != "auto":
-        found = wanted.format
+    found = wanted.fixed or found
     for row in rows:
         try:
             value = parse(row)
             format = wanted.recognise(value, found)
             found = format.name
-            yield Chat(wanted.conversation(value, format), file.relpath, row.line, found)
+            if format.is_pairs:
+                messages, rejected = pair_of(value, format, wanted)
+                yield Chat(messages, file.relpath, row.line, found, rejected)
+            else:
+                yield Chat(wanted.conversation(value, format), file.relpath, row.line, found)
         except Problem as problem:
             line, column = row.line, None
             if problem.offset is not None:

@@ -20,6 +20,8 @@ class ShownRow:
     id: str
     input_ids: list[int]
     labels: list[int]
+    answer: str = ""
+    """`chosen` or `rejected`, of a preference pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ def coloured(row: ShownRow, tokenizer: Any) -> str:
     """HTML of a row; `tokenizer` is transformers'."""
     learnt = len(row.labels) - row.labels.count(IGNORE)
     count = f"{len(row.input_ids):,} tokens, {learnt:,} {'learnt' if row.side == 'train' else 'scored'}"
-    side = row.side.replace("_", " ")
+    side = f"{row.side.replace('_', ' ')} {row.answer}".strip()
     pieces = "".join(_span(piece) for piece in _pieces(row, tokenizer))
     return (
         f'<article><header><b class="{row.side}">{side}</b> <code>{escape(row.id[:12])}</code>'

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from retuner.artifacts import Facts
 from retuner.errors import Refused
-from retuner.gate import paired_interval, read_answers, read_losses, row_score
+from retuner.gate import LESS_IS_BETTER, OF_ROWS, paired_interval, read_answers, read_losses, row_score
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-LESS_IS_BETTER = {"loss"}
 
 
 class MetricComparison(Facts):
@@ -88,7 +86,7 @@ def compare(
     changes: list[Change] = []
     won, lost = {}, {}
     for metric in metrics:
-        if metric == "loss":
+        if metric in OF_ROWS:
             losses_a, losses_b = _by_row(a), _by_row(b)
             keys = [key for key in losses_a if key in losses_b]
             rows_a, rows_b = [losses_a[key] for key in keys], [losses_b[key] for key in keys]

@@ -16,6 +16,7 @@ from retuner.dataset import DataFile
 from retuner.describe import Description
 from retuner.errors import Refused
 from retuner.naming import names_of
+from retuner.preferences import said_in
 
 SHOWN = 5
 SHOWN_WORDS = 12
@@ -202,9 +203,10 @@ def _read(name: str, files: Iterable[DataFile], read: Read) -> Reading:
         if isinstance(row, BadRow):
             found.rejected[row.cause] += 1
             continue
-        found.description.add(row.messages)
+        messages = said_in(row.messages, row.rejected)
+        found.description.add(messages)
         found.rows[_row(row)] += 1
-        for message in row.messages:
+        for message in messages:
             found.words.update(WORD.findall(message["content"].casefold()))
     return found
 
@@ -217,7 +219,7 @@ def _rows(name: str, files: Iterable[DataFile], read: Read) -> Iterator[Chat | B
 
 
 def _row(chat: Chat) -> Row:
-    names = names_of(chat.messages)
+    names = names_of(chat.messages, chat.rejected)
     return Row(names.group, names.id)
 
 
@@ -312,7 +314,7 @@ def _prompt(chat: Chat) -> str:
 
 def _answer(chat: Chat) -> str:
     """All that follows the prompt, in short."""
-    said = [message["content"] for message in chat.messages if message["role"] != "system"][1:]
+    said = [m["content"] for m in said_in(chat.messages, chat.rejected) if m["role"] != "system"][1:]
     return shorten(" / ".join(said), START_CHARACTERS, placeholder=" …")
 
 

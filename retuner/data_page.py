@@ -9,7 +9,7 @@ from typing import Any
 
 from retuner.coloured import KEY, ShownRow, coloured
 from retuner.data_report import LEAKS, DataReport, Leak, SideTokens, TokenReport
-from retuner.describe import Description
+from retuner.describe import ROLES, Description
 from retuner.page_parts import Share, bar, counts, histogram, percent, said, stacked, table, tile
 from retuner.page_style import STYLE
 
@@ -240,7 +240,7 @@ def _roles(described: Description) -> str:
         return ""
     most = max(described.characters.values())
     rows = []
-    for role in sorted(described.messages, key=lambda role: ("system", "user", "assistant").index(role)):
+    for role in sorted(described.messages, key=ROLES.index):
         lengths = described.lengths[role]
         quantiles = (f"{lengths.quantile(share):,}" for share in (0.5, 0.9, 1.0))
         rows.append(

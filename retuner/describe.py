@@ -10,6 +10,8 @@ from functools import cache
 from typing import Any
 
 BIN_BITS = 6
+ROLES = ("system", "user", "assistant", "rejected")
+"""In the order in which people are told of them; `rejected` is the other answer of a preference pair."""
 _NOT_LETTERS = bytes(set(range(256)) - set(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 _ASCII = re.compile(r"[\x00-\x7f]+")
 # The word by which Unicode's names begin, where that is not the script's own name.

@@ -7,7 +7,8 @@ same batches, so rounding is the same for all and cancels in paired differences.
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,45 @@ def evaluate(
     adapter lacks a weight or holds one that is not finite, and when a loss is not finite.
     """
     rows = read_held_out(chats.path / "held_out.arrow")
+    folders = models(incumbent, adapter.path)
+    measured = measure(rows, chats, base, folders, (), params, precision, attention, device, observer)
+    scores = {name: loss_scores(rows, measured.losses[name]) for name in folders}
+    return write_report(out, measured, scores, loss_lines(rows, measured.losses))
+
+
+Folders = dict[str, Path | None]
+"""Model to the folder of its adapter; None is the base alone."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """By model: nats a token of each row, and for each prompt an answer and its scores."""
+
+    losses: dict[str, list[float]]
+    prompts: list[dict[str, Any]]
+    answers: dict[str, list[str]]
+    scores: dict[str, dict[str, float]]
+    """Metric to number, over all prompts."""
+    row_scores: dict[str, dict[str, list[float]]]
+
+
+def models(incumbent: Path | None, candidate: Path) -> Folders:
+    return {"base": None, **({"production": incumbent} if incumbent else {}), "candidate": candidate}
+
+
+def measure(
+    rows: list[dict[str, Any]],
+    chats: Chats,
+    base: Base,
+    folders: Folders,
+    silent: Collection[str],
+    params: EvaluateParams,
+    precision: str,
+    attention: str,
+    device: str,
+    observer: Observer,
+) -> Measured:
+    """`rows` and held-out prompts under each model; those of `silent` answer no prompts. Errors: as `evaluate`."""
     prompts = _read_prompts(chats.path / "prompts.jsonl", params)
     references = [prompt["references"] for prompt in prompts]
     for metric in params.metrics:
@@ -52,10 +92,6 @@ def evaluate(
 
     model, tokenizer = load(base.path, precision, attention, device)
     stop_ids = base.facts.stop_token_ids
-
-    folders = {"base": None, "production": incumbent, "candidate": adapter.path}
-    if incumbent is None:
-        del folders["production"]
     losses: dict[str, list[float]] = {}
     answers: dict[str, list[str]] = {}
     units = len(rows) + len(prompts)
@@ -71,6 +107,8 @@ def evaluate(
             losses[name] = row_losses(model, rows, params.batch_size, progress(name, "loss", 0))
             if not all(map(math.isfinite, losses[name])):
                 raise Refused(f"the loss of {name} on held-out rows is not finite", "finite losses")
+            if name in silent:
+                continue
             tokens = generate(
                 model,
                 [prompt["prompt_ids"] for prompt in prompts],
@@ -83,17 +121,26 @@ def evaluate(
             )
         answers[name] = decode(tokenizer, tokens)
 
-    scores = {name: _loss_scores(rows, losses[name]) for name in folders}
-    row_scores: dict[str, dict[str, list[float]]] = {name: {} for name in folders}
-    for name in folders:
+    scores: dict[str, dict[str, float]] = {name: {} for name in answers}
+    row_scores: dict[str, dict[str, list[float]]] = {name: {} for name in answers}
+    for name in answers:
         for metric in params.metrics:
             whole, each = score(metric, answers[name], references)
             scores[name][metric] = rounded(whole)
             row_scores[name][metric] = each
+    return Measured(losses, prompts, answers, scores, row_scores)
 
-    _write_lines(out / "losses.jsonl", _loss_lines(rows, losses))
-    _write_lines(out / "answers.jsonl", _answer_lines(prompts, answers, row_scores))
-    facts = ReportFacts(scores=scores, prompts=len(prompts), rows=len(rows))
+
+def write_report(
+    out: Path, measured: Measured, scores: dict[str, dict[str, float]], lines: list[dict[str, Any]]
+) -> ReportFacts:
+    """`scores` are those of held-out rows, by model; `lines` those of losses.jsonl."""
+    _write_lines(out / "losses.jsonl", lines)
+    _write_lines(
+        out / "answers.jsonl", _answer_lines(measured.prompts, measured.answers, measured.row_scores)
+    )
+    scores = {name: of_rows | measured.scores[name] for name, of_rows in scores.items()}
+    facts = ReportFacts(scores=scores, prompts=len(measured.prompts), rows=len(lines))
     _write_lines(out / "report.json", [facts.model_dump(mode="json")])
     return facts
 
@@ -178,21 +225,23 @@ def _read_prompts(path: Path, params: EvaluateParams) -> list[dict[str, Any]]:
     return prompts
 
 
-def _loss_scores(rows: list[dict[str, Any]], losses: list[float]) -> dict[str, float]:
+def loss_scores(rows: list[dict[str, Any]], losses: list[float]) -> dict[str, float]:
     """Over all held-out tokens, so that a long row counts for what it is."""
     tokens = [row["tokens"] for row in rows]
     loss = math.fsum(map(math.prod, zip(losses, tokens, strict=True))) / sum(tokens)
     return {"loss": rounded(loss), "perplexity": rounded(math.exp(min(loss, LARGEST_EXPONENT)))}
 
 
-def _loss_lines(rows: list[dict[str, Any]], losses: dict[str, list[float]]) -> Iterable[dict[str, Any]]:
-    for at, row in enumerate(rows):
-        yield {
+def loss_lines(rows: list[dict[str, Any]], losses: dict[str, list[float]]) -> list[dict[str, Any]]:
+    return [
+        {
             "id": row["id"],
             "group": row["group"],
             "tokens": row["tokens"],
             "loss": {name: rounded(each[at]) for name, each in losses.items()},
         }
+        for at, row in enumerate(rows)
+    ]
 
 
 def _answer_lines(

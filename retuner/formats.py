@@ -18,6 +18,11 @@ class Format:
     more: tuple[str, ...] = ("system",)
     turn_keys: tuple[str, ...] = ()
 
+    @property
+    def is_pairs(self) -> bool:
+        """Two answers to one prompt; see `retuner.preferences`."""
+        return "rejected" in self.keys
+
 
 FORMATS = (
     Format("messages", ("messages",), (), ("role", "content")),
@@ -28,6 +33,16 @@ FORMATS = (
     Format("prompt_completion", ("prompt", "response")),
     Format("question_answer", ("question", "answer")),
 )
+PAIRS = ("chosen", "rejected")
+PREFERENCE = "preference"
+PAIR_FORMATS = (
+    Format("preference_prompt", ("prompt", *PAIRS), turn_keys=("role", "content")),
+    Format("preference_question", ("question", *PAIRS)),
+    Format("preference_alpaca", ("instruction", *PAIRS), ("input", "system")),
+    Format("preference_sharegpt", ("conversations", *PAIRS), turn_keys=("from", "value")),
+    Format("preference_implicit", PAIRS, (), ("role", "content")),
+)
+"""What `preference` stands for."""
 OTHER_KEYS = ("chosen", "rejected", "label", "kto_tag", "text", "tools", "history")
 """By which a row of another kind is known."""
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -40,13 +55,17 @@ Messages = tuple[dict[str, str], ...]
 
 
 class Wanted:
-    """The formats that may be read: one, or `auto` for all, with the data's own names for some of their keys."""
+    """The formats that may be read: one, `auto` for all with one answer, `preference` for all with two, with the
+    data's own names for some of their keys."""
 
     def __init__(self, format: str, columns: Mapping[str, str] | None = None):
         """Errors: Refused for a mapping that fits no format."""
         self.format = format
         self._own = dict(columns or {})
-        asked = [known for known in FORMATS if format in ("auto", known.name)]
+        self.fixed = None if format in ("auto", PREFERENCE) else format
+        """The one format of every file; None where each file's first row decides."""
+        self._formats = PAIR_FORMATS if format == PREFERENCE else FORMATS
+        asked = [known for known in self._formats if self.fixed in (None, known.name)]
         may_be = [known for known in asked if self._own.keys() <= set(_all_keys(known))]
         if not may_be:
             raise _no_such_mapping(format, asked, self._own)
@@ -56,9 +75,9 @@ class Wanted:
                 "another column for each key",
                 "correct prepare.columns",
             )
-        self._keys = [(known, frozenset(map(self.own, known.keys))) for known in FORMATS]
+        self._keys = [(known, frozenset(map(self.own, known.keys))) for known in self._formats]
         self._may_be = {id(known) for known in may_be}
-        turn_keys = {key for known in FORMATS for key in known.turn_keys}
+        turn_keys = {key for known in self._formats for key in known.turn_keys}
         self._must_have = {key: own for key, own in self._own.items() if key not in turn_keys}
 
     def own(self, key: str) -> str:
@@ -67,7 +86,7 @@ class Wanted:
 
     def columns(self) -> set[str]:
         """The names that decide anything about a row; others need not be read."""
-        keys = {key for known in FORMATS for key in (*known.keys, *known.more)}
+        keys = {key for known in (*FORMATS, *PAIR_FORMATS) for key in (*known.keys, *known.more)}
         return {self.own(key) for key in keys} | set(OTHER_KEYS) | keys
 
     def recognise(self, row: Mapping[str, Any], found: str | None) -> Format:
@@ -79,7 +98,9 @@ class Wanted:
                     f"there is no {own!r}, which prepare.columns names for {key}; the keys are {shown(row)}"
                 )
                 raise Problem("missing_column", message)
-        fits = [known for known, keys in self._keys if keys <= row.keys()]
+        fitting = [(known, keys) for known, keys in self._keys if keys <= row.keys()]
+        # Pairs of conversations may have their prompt beside them too.
+        fits = [known for known, keys in fitting if not any(keys < more for _, more in fitting)]
         if not fits and isinstance(row.get("text"), str):
             raise Refused(
                 "has text and nothing that answers it: this is plain text",
@@ -93,12 +114,14 @@ class Wanted:
         if len(candidates) > 1:
             raise Problem("ambiguous_format", f"the keys {keys} fit {names}: set prepare.format or drop keys")
         if fits:
-            expected = found or (self.format if self.format != "auto" else "what prepare.columns says")
+            expected = found or self.fixed or "what prepare.columns says"
             raise Problem("mixed_format", f"the row is {names}, but its file is read as {expected}")
         known = "; ".join(
-            f"{one.name}: {'/'.join(map(self.own, one.keys))}" for one in FORMATS if id(one) in self._may_be
+            f"{one.name}: {'/'.join(map(self.own, one.keys))}"
+            for one in self._formats
+            if id(one) in self._may_be
         )
-        cause = "unknown_format" if self.format == "auto" else "missing_key"
+        cause = "missing_key" if self.fixed else "unknown_format"
         raise Problem(cause, f"the keys {keys} are not those of {known}")
 
     def check_header(self, names: Iterable[str]) -> Format:
@@ -114,12 +137,15 @@ class Wanted:
 
     def conversation(self, row: Mapping[str, Any], format: Format) -> Messages:
         """(system) user assistant user assistant ... assistant, texts unchanged. Errors: Problem, Refused."""
-        return _conversation(self._turns(row, format))
+        return conversation(self._turns(row, format))
 
     def _refuse_other_kinds(self, row: Mapping[str, Any]) -> None:
         # TRL's and LLaMA-Factory's marks of good and bad answers: training would teach the bad ones too.
         marked = isinstance(row.get("label", row.get("kto_tag")), bool)
-        pairs = "chosen" in row and "rejected" in row and not {"chosen", "rejected"} & set(self._own.values())
+        if self.format == PREFERENCE:
+            self._refuse_no_pairs(row, marked)
+            return
+        pairs = set(PAIRS) <= row.keys() and not set(PAIRS) & set(self._own.values())
         if marked or pairs:
             found = "grades its answer" if marked else "has chosen and rejected"
             raise Refused(
@@ -129,49 +155,76 @@ class Wanted:
                 + (
                     ""
                     if marked
-                    else "; where chosen is text, prepare.columns: {completion: chosen} reads them"
+                    else "; where chosen is text, prepare.columns: {completion: chosen} reads them; to learn from both "
+                    "answers, set prepare.format: preference and train.recipe: dpo, as params/quickstart_dpo.yaml does"
                 ),
+            )
+
+    def _refuse_no_pairs(self, row: Mapping[str, Any], marked: bool) -> None:
+        has = {self.own(key) for key in PAIRS} & row.keys()
+        one_answer = [known.name for known in FORMATS if set(known.keys) <= row.keys()]
+        if not has and (marked or one_answer):
+            what = "a single answer and a grade" if marked else f"one good answer ({one_answer[0]})"
+            raise Refused(
+                f"has {what} and no second one: these are no preference pairs",
+                "a prompt with a chosen and a rejected answer in every row, for train.recipe dpo",
+                "leave the file out of prepare.files"
+                + ("" if marked else ", or set prepare.format: auto and train.recipe: sft to learn from it"),
             )
 
     def _turns(self, row: Mapping[str, Any], format: Format) -> list[Turn]:
         """The turns of a row, their contents not yet looked at. Errors: Problem, Refused."""
         if format.name == "messages":
             return self._listed(row, format, ROLES)
-        system_key = self.own("system")
-        system = [] if _blank(row.get(system_key)) else [("system", row[system_key], system_key)]
+        system = self.system(row)
         if format.name == "sharegpt":
             return system + self._listed(row, format, SHAREGPT_ROLES)
         asks, answers = map(self.own, format.keys)
-        question = row[asks]
-        more = self.own(format.more[0])
-        if format.name in ("alpaca", "instruction_response") and not _blank(row.get(more)):
-            question = _text(question, asks) + "\n\n" + _text(row[more], more)
+        question = self.question(row, format)
         if format.name == "alpaca" and row.get("history"):
             raise Problem("history", "earlier turns under history are not read: use the messages format")
         return [*system, ("user", question, asks), ("assistant", row[answers], answers)]
 
+    def question(self, row: Mapping[str, Any], format: Format) -> Any:
+        """What the first key of a format without turns asks, with the material that it is about. Errors: Problem."""
+        asks, more = self.own(format.keys[0]), self.own(format.more[0])
+        if format.more[0] == "system" or _blank(row.get(more)):
+            return row[asks]
+        return text(row[asks], asks) + "\n\n" + text(row[more], more)
+
+    def system(self, row: Mapping[str, Any]) -> list[Turn]:
+        """The turn of a system prompt that has a key of its own, where there is one."""
+        key = self.own("system")
+        return [] if _blank(row.get(key)) else [("system", row[key], key)]
+
     def _listed(self, row: Mapping[str, Any], format: Format, roles: Mapping[str, str]) -> list[Turn]:
         key = self.own(format.keys[0])
-        role_key, text_key = map(self.own, format.turn_keys)
-        if row.get("tools") not in (None, "", "[]", []):
-            raise _tool_transcript("offers tools")
+        refuse_tools(row)
         if not isinstance(row[key], list):
             raise Problem("not_a_list", f"{key} is {kind_of(row[key])}, not a list of turns")
+        return self.turns(row[key], format, roles)
+
+    def turns(
+        self, listed: Iterable[Any], format: Format, roles: Mapping[str, str], within: str = ""
+    ) -> list[Turn]:
+        """Turns as objects of a format; `within` begins what their places are called. Errors: Problem, Refused."""
+        role_key, text_key = map(self.own, format.turn_keys)
         turns = []
-        for number, turn in enumerate(row[key], 1):
+        for number, turn in enumerate(listed, 1):
+            place = f"{within}turn {number}"
             if not isinstance(turn, dict):
-                raise Problem("not_an_object", f"turn {number} is {kind_of(turn)}, not an object")
+                raise Problem("not_an_object", f"{place} is {kind_of(turn)}, not an object")
             role = turn.get(role_key)
             if isinstance(role, str) and role in TOOL_ROLES:
-                raise _tool_transcript(f"has the role {role} in turn {number}")
+                raise _tool_transcript(f"has the role {role} in {place}")
             if turn.get("tool_calls") or turn.get("function_call"):
-                raise _tool_transcript(f"calls a tool in turn {number}")
+                raise _tool_transcript(f"calls a tool in {place}")
             if role_key not in turn or text_key not in turn:
-                needs = f"turn {number} needs {role_key} and {text_key}, has {shown(turn)}"
+                needs = f"{place} needs {role_key} and {text_key}, has {shown(turn)}"
                 raise Problem("missing_key", needs)
             if not isinstance(role, str) or role not in roles:
-                raise Problem("wrong_role", f"turn {number} is {ascii(role)[:40]}, not {' or '.join(roles)}")
-            turns.append((roles[role], turn[text_key], f"turn {number}"))
+                raise Problem("wrong_role", f"{place} is {ascii(role)[:40]}, not {' or '.join(roles)}")
+            turns.append((roles[role], turn[text_key], place))
         return turns
 
 
@@ -198,6 +251,11 @@ def _pairs(own: Mapping[str, str]) -> str:
     return ", ".join(f"{key}: {name}" for key, name in own.items())
 
 
+def refuse_tools(row: Mapping[str, Any]) -> None:
+    if row.get("tools") not in (None, "", "[]", []):
+        raise _tool_transcript("offers tools")
+
+
 def _tool_transcript(found: str) -> Refused:
     return Refused(
         f"{found}: this is a tool transcript",
@@ -206,13 +264,14 @@ def _tool_transcript(found: str) -> Refused:
     )
 
 
-def _conversation(turns: list[Turn]) -> Messages:
+def conversation(turns: list[Turn]) -> Messages:
+    """Optional system, then user and assistant in turn up to an assistant, in their order. Errors: Problem."""
     messages: list[dict[str, str]] = []
     expected = "user"
     for role, said, place in turns:
         if role != expected and (role != "system" or messages):
             raise Problem("wrong_order", f"{place} is {role}, where {expected} should speak")
-        messages.append({"role": role, "content": _text(said, place)})
+        messages.append({"role": role, "content": text(said, place)})
         if role == "assistant" and messages[-2:] == messages[-4:-2]:
             raise Problem(
                 "duplicate_turn", f"{place} and the question before it repeat the two turns before them"
@@ -225,7 +284,7 @@ def _conversation(turns: list[Turn]) -> Messages:
     return tuple(messages)
 
 
-def _text(value: Any, place: str) -> str:
+def text(value: Any, place: str) -> str:
     """`value` unchanged, or its text parts joined. Errors: Problem."""
     if isinstance(value, list):
         parts = [part for part in value if isinstance(part, dict) and part.get("type") == "text"]

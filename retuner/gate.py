@@ -6,6 +6,7 @@ and at its percentile bootstrap interval. Whole groups are resampled, because th
 `confidence: 0.95` the lower end is passed by chance in one of forty candidates.
 
 - `loss`: rows weigh by their supervised tokens, so the gain is the difference of the two overall losses.
+- The scores of preference pairs are of held-out pairs, each of which counts the same.
 - `bleu`: the difference is the mean of sentence BLEU differences, not of the two corpus scores, which
   have no rows to resample. The other metrics' gains are the differences of their headlines.
 - No rules, nothing demanded: the decision is yes with no verdicts.
@@ -22,12 +23,15 @@ from typing import Any
 
 from retuner.artifacts import Decision, GateVerdict, Report
 from retuner.errors import Refused
-from retuner.params import GateParams, GateRule
+from retuner.params import PREFERENCE_METRICS, GateParams, GateRule
 
 FEW_GROUPS = 20
 """Below this a percentile interval is known to be too narrow; the verdict says so."""
 INDICES_AT_ONCE = 1_000_000
 DECIMALS = 9
+OF_ROWS = ("loss", *PREFERENCE_METRICS)
+"""Metrics of held-out rows; the others are of answers to held-out prompts."""
+LESS_IS_BETTER = {"loss", "dpo_loss"}
 """Numbers are compared as they are stored: a sum's last bits decide nothing."""
 
 
@@ -71,7 +75,7 @@ def paired_interval(
 
 
 def read_answers(report: Path) -> list[dict[str, Any]]:
-    """The rows of a report's folder that hold every metric but the loss."""
+    """The rows of a report's folder that hold every metric that is not one of `OF_ROWS`."""
     return _read_lines(report / "answers.jsonl")
 
 
@@ -82,7 +86,9 @@ def read_losses(report: Path) -> list[dict[str, Any]]:
 def row_score(row: dict[str, Any], model: str, metric: str) -> float:
     """Errors: Refused when the report does not have it."""
     try:
-        return float(row["loss"][model] if metric == "loss" else row["scores"][model][metric])
+        if metric == "loss":
+            return float(row["loss"][model])
+        return float(row["preference" if metric in OF_ROWS else "scores"][model][metric])
     except KeyError:
         raise Refused(
             f"the report has no {metric} of {model} for group {row['group']}",
@@ -97,8 +103,8 @@ def _verdict(rule: GateRule, report: Report, params: GateParams) -> GateVerdict:
     without_numbers = partial(verdict, gain=None, low=None, high=None)
     if rule.against == "production" and "production" not in report.facts.scores:
         return without_numbers(holds=True, note="there is no production adapter to compare with")
-    rows = read_losses(report.path) if rule.metric == "loss" else read_answers(report.path)
-    sign = -1 if rule.metric == "loss" else 1
+    rows = read_losses(report.path) if rule.metric in OF_ROWS else read_answers(report.path)
+    sign = -1 if rule.metric in LESS_IS_BETTER else 1
     differences = [
         sign * (row_score(row, "candidate", rule.metric) - row_score(row, rule.against, rule.metric))
         for row in rows

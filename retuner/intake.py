@@ -16,6 +16,7 @@ from retuner.describe import Description
 from retuner.fingerprint import fingerprint
 from retuner.memo import Memo
 from retuner.naming import draw_of, names_of
+from retuner.preferences import SAME_ANSWERS, is_same, said_in
 from retuner.redaction import redacted
 from retuner.rows import HEAD, Batch
 from retuner.sketch import sketches, word_hashes, words_of
@@ -167,16 +168,24 @@ class _Making:
             self.bad_rows.append(asdict(row))
             self.bytes += len(row.start)
             return
-        messages = row.messages
+        messages, rejected = row.messages, row.rejected
         if self.redact:
-            messages, counts = redacted(messages, self.redact)
+            said, counts = redacted(said_in(messages, rejected), self.redact)
+            messages = said[: len(messages)]
+            rejected = None if rejected is None else said[-1]["content"]
             self.redacted.update(counts)
+            if rejected is not None and is_same(messages, rejected):
+                bad = BadRow(
+                    row.file, row.line, None, SAME_ANSWERS, "redacted, chosen and rejected are the same", ""
+                )
+                self.bad_rows.append(asdict(bad))
+                return
         self.format = row.format
-        names = names_of(messages)
+        names = names_of(messages, rejected)
         group = names.group.hex()
-        line = spelled_row(group, names.id.hex(), messages)
+        line = spelled_row(group, names.id.hex(), messages, rejected)
         words = words_of(messages)
-        self.description.add(messages)
+        self.description.add(said_in(messages, rejected))
         self.names += [names.group, names.id, names.key, names.prompt[:8], names.talk[:8]]
         self.names.append(draw_of(group, self.salt)[:8])
         self.words += words
@@ -204,9 +213,12 @@ class _Making:
         return Segment(notes, Batch(heads, b"".join(bodies)))
 
 
-def spelled_row(group: str, id: str, messages: Iterable[dict[str, str]]) -> bytes:
+def spelled_row(
+    group: str, id: str, messages: Iterable[dict[str, str]], rejected: str | None = None
+) -> bytes:
     """A line of train.jsonl or held_out.jsonl: what json.dumps makes with sorted keys and no escapes, but faster."""
     turns = ", ".join(
         [f'{{"content": {encode_basestring(m["content"])}, "role": "{m["role"]}"}}' for m in messages]
     )
-    return f'{{"group": "{group}", "id": "{id}", "messages": [{turns}]}}\n'.encode()
+    other = "" if rejected is None else f', "rejected": {encode_basestring(rejected)}'
+    return f'{{"group": "{group}", "id": "{id}", "messages": [{turns}]{other}}}\n'.encode()

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from retuner.artifacts import Base, Chats
 from retuner.errors import RetunerError
 from retuner.observe import Observer, Silent
-from retuner.params import TrainParams
+from retuner.params import SftParams
 from retuner.ranks import Rank
 from retuner.training import learned, write_learned
 
@@ -40,10 +40,10 @@ class Channel:
 
 def main(asked: dict[str, Any], rank: Rank, channel: Channel) -> None:
     observer: Observer = channel if rank.leads else Silent()
-    params, base = TrainParams.model_validate_json(json.dumps(asked["params"])), Base(**asked["base"])
+    params, base = SftParams.model_validate_json(json.dumps(asked["params"])), Base(**asked["base"])
     start = Path(asked["start"]) if asked["start"] else None
     inputs = (Path(asked["work"]), Chats(**asked["chats"]), base, params, asked["device"])
-    with learned(*inputs, observer, start, rank) as result:
+    with learned(*inputs, observer, start, rank=rank) as result:
         if rank.leads:
             channel.send(
                 "facts", write_learned(Path(asked["out"]), result, base, params).model_dump(mode="json")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Names(NamedTuple):
-    """16 bytes each. Without a system prompt `prompt` is `group`, and `talk` is `key`."""
+    """16 bytes each. Without a system prompt `prompt` is `group`, and `talk` is `key` but for a rejected answer."""
 
     group: bytes
     """Of all before the first answer, but for case and white space."""
@@ -22,14 +22,21 @@ class Names(NamedTuple):
     """As `key`, whatever the system prompt."""
 
 
-def names_of(messages: Sequence[dict[str, str]]) -> Names:
-    folded = [f"{turn['role']}\n{' '.join(turn['content'].casefold().split())}" for turn in messages]
+def names_of(messages: Sequence[dict[str, str]], rejected: str | None = None) -> Names:
+    """`rejected`, the other answer of a preference pair, is part of what the pair is, `id` and `key`; what it is
+    compared with others by, `group`, `prompt` and `talk`, is that of the conversation with the chosen answer."""
+    said = [f"{turn['role']}\n{turn['content']}" for turn in messages]
+    folded = [f"{turn['role']}\n{_folded(turn['content'])}" for turn in messages]
     asked = list(takewhile(lambda turn: not turn.startswith("assistant\n"), folded))
-    exact = _digest([f"{turn['role']}\n{turn['content']}" for turn in messages])
-    group, key = _digest(asked), _digest(folded)
+    group, talk = _digest(asked), _digest(folded)
+    if rejected is None:
+        exact, key = _digest(said), talk
+    else:
+        exact = _digest([*said, f"rejected\n{rejected}"])
+        key = _digest([*folded, f"rejected\n{_folded(rejected)}"])
     if messages[0]["role"] == "system":
         return Names(group, exact, key, _digest(asked[1:]), _digest(folded[1:]))
-    return Names(group, exact, key, group, key)
+    return Names(group, exact, key, group, talk)
 
 
 def chat_id(messages: Sequence[dict[str, str]]) -> str:
@@ -55,6 +62,10 @@ def draw_of(group: str, salt: str) -> bytes:
 def limit_of(held_out_fraction: float) -> int:
     """Draws below this are held out."""
     return math.ceil(held_out_fraction * 2**128)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _digest(parts: list[str]) -> bytes:

@@ -14,6 +14,9 @@ from pydantic_core import ErrorDetails
 
 from retuner.errors import Refused
 
+PREFERENCE_METRICS = ("preference_accuracy", "preference_margin", "dpo_loss")
+"""Scores of held-out preference pairs, see `retuner.pair_evaluation`."""
+
 
 class Strict(BaseModel):
     """Frozen, exact: unknown keys and wrong kinds are errors; 1 may stand for 1.0, "1" may not."""
@@ -99,7 +102,9 @@ class PrepareParams(Strict):
         "instruction_response",
         "prompt_completion",
         "question_answer",
+        "preference",
     ]
+    """`auto` and the named ones have one answer a row; `preference` stands for all forms of preference pairs."""
     columns: dict[str, str] | None
     """Your own names for a format's keys."""
     max_bad_rows: Annotated[int, Field(ge=0)]
@@ -184,7 +189,7 @@ class StopEarlyParams(Strict):
 
 
 class TrainParams(Strict):
-    """LoRA training with TRL's SFTTrainer over pre-tokenised rows, packed as the template stage planned."""
+    """LoRA training over pre-tokenised rows: what all recipes have."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     precision: Literal["float32", "bfloat16"]
@@ -203,11 +208,6 @@ class TrainParams(Strict):
     ]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
-    label_smoothing: Fraction
-    """Share of the target that is spread evenly over the vocabulary."""
-    noise_alpha: AboveZero | None
-    """NEFTune: uniform noise of ±alpha/√(tokens·width) on a row's embeddings while training."""
-    stop_early: StopEarlyParams | None
     warm_start: Literal["none", "production"]
     quantization: QuantizationParams | None
     gradient_checkpointing: bool
@@ -232,6 +232,58 @@ class TrainParams(Strict):
                 f"lora.init is {self.lora.init}, which takes its share out of the base's weights, and "
                 "quantization would round what is left: use init default"
             )
+        return self
+
+
+class SftParams(TrainParams):
+    """To answer as the rows do: TRL's SFTTrainer, packed as the template stage planned."""
+
+    recipe: Literal["sft"]
+    label_smoothing: Fraction
+    """Share of the target that is spread evenly over the vocabulary."""
+    noise_alpha: AboveZero | None
+    """NEFTune: uniform noise of ±alpha/√(tokens·width) on a row's embeddings while training."""
+    stop_early: StopEarlyParams | None
+
+
+class DpoSettings(Strict):
+    """Rafailov et al., "Direct Preference Optimization" (2023). The reference is what training begins as."""
+
+    beta: AboveZero
+    """How dear it is to leave the reference: the reward of an answer is beta times what its log-probability gained."""
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"]
+    """By TRL's names; `robust` is `sigmoid` where a share of the pairs is known to be the wrong way round."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)]
+    """That share, for `robust`."""
+
+    @model_validator(mode="after")
+    def _smoothing_that_is_used(self):
+        if (self.loss_type == "robust") != (self.label_smoothing > 0):
+            raise ValueError(
+                f"loss_type is {self.loss_type} and label_smoothing {self.label_smoothing:g}: robust needs a share "
+                "above 0, the other losses know none"
+            )
+        return self
+
+
+class DpoParams(TrainParams):
+    """To prefer chosen to rejected answers: TRL's DPOTrainer."""
+
+    recipe: Literal["dpo"]
+    dpo: DpoSettings
+
+    @model_validator(mode="after")
+    def _the_reference_can_be_kept(self):
+        for setting, found, needed in (
+            ("lora.init", self.lora.init, "default"),
+            ("lora.bias", self.lora.bias, "none"),
+            ("quantization", self.quantization, None),
+        ):
+            if found != needed:
+                raise ValueError(
+                    f"{setting} must be {'null' if needed is None else needed} with recipe dpo, whose reference is the "
+                    "base as it is, or with the adapter that training begins as"
+                )
         return self
 
 
@@ -266,12 +318,12 @@ class EvaluateParams(Strict):
 class GateRule(Strict):
     """One demand on the paired difference between the candidate and another model.
 
-    The difference is oriented so that more is better (for `loss`, other minus candidate).
+    The difference is oriented so that more is better (for `loss` and `dpo_loss`, other minus candidate).
     The rule holds when the lower end of its bootstrap interval is at least `min_gain`,
     or at least `-max_regression`.
     """
 
-    metric: Literal["loss"] | Metric
+    metric: Literal["loss", "preference_accuracy", "preference_margin", "dpo_loss"] | Metric
     against: Literal["base", "production"]
     min_gain: float | None = None
     max_regression: Annotated[float, Field(ge=0)] | None = None
@@ -310,16 +362,30 @@ class Params(Strict):
     base: BaseParams
     prepare: PrepareParams
     template: TemplateParams
-    train: TrainParams
+    train: Annotated[SftParams | DpoParams, Field(discriminator="recipe")]
     evaluate: EvaluateParams
     register_: RegisterParams = Field(alias="register")
 
     @model_validator(mode="after")
     def _fits_together(self):
-        unknown = {r.metric for r in self.register_.gate.rules} - {"loss", *self.evaluate.metrics}
+        pairs = self.train.recipe == "dpo"
+        of_rows = {"loss", *(PREFERENCE_METRICS if pairs else ())}
+        unknown = {r.metric for r in self.register_.gate.rules} - {*of_rows, *self.evaluate.metrics}
+        if told := unknown & {*PREFERENCE_METRICS}:
+            raise ValueError(f"register.gate asks for {sorted(told)}, which only train.recipe dpo has")
         if unknown:
             raise ValueError(
                 f"register.gate asks for {sorted(unknown)}, which evaluate.metrics does not name"
+            )
+        if (self.prepare.format == "preference") != pairs:
+            raise ValueError(
+                f"train.recipe is {self.train.recipe} and prepare.format {self.prepare.format}: dpo learns from "
+                "preference, sft from the others"
+            )
+        if pairs and (self.template.pack_tokens is not None or self.template.too_long == "truncate"):
+            raise ValueError(
+                "pairs are neither packed nor cut: with train.recipe dpo set template.pack_tokens: null and "
+                "template.too_long: leave_out or refuse"
             )
         return self
 
@@ -411,11 +477,14 @@ def _sentence(detail: ErrorDetails, data: Any) -> str:
         case "missing":
             return f"{where}: missing"
         case "extra_forbidden":
-            return f"{where}: not a setting{_near(keys[-1], _siblings(keys[:-1]))}"
+            return f"{where}: not a setting{_near(keys[-1], _siblings(keys[:-1], data))}"
         case "value_error":
             return f"{where + ': ' if where else ''}{detail['msg'].removeprefix('Value error, ')}"
         case "union_tag_invalid" | "union_tag_not_found":
-            return f"{where}.source: expected one of smollm2, hub, local, tiny"
+            key, tags = (
+                ("recipe", "sft, dpo") if where == "train" else ("source", "smollm2, hub, local, tiny")
+            )
+            return f"{where}.{key}: expected one of {tags}"
     expected = detail["msg"].removeprefix("Input should be ")
     return f"{where}: expected {expected}, found {found!r}"
 
@@ -425,10 +494,13 @@ def _near(word: str, known: Any) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _siblings(parents: list[str]) -> list[str]:
+def _siblings(parents: list[str], data: Any) -> list[str]:
     """The settings that exist beside a misspelt one."""
     model: Any = Params
     for parent in parents:
+        if model is Params and parent == "train":
+            model = DpoParams if data["train"].get("recipe") == "dpo" else SftParams
+            continue
         fields = {(f.alias or n): f for n, f in model.model_fields.items()}
         annotation = fields[parent].annotation if parent in fields else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):

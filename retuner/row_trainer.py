@@ -9,7 +9,7 @@ from retuner import checkpoints
 from retuner.lora import refuse_not_finite
 from retuner.noise import EmbeddingNoise
 from retuner.packing import NO_LOSS, PAD_ID, collator, take_token_count
-from retuner.params import TrainParams
+from retuner.params import SftParams, TrainParams
 from retuner.quantized import adapter_stays_float32
 from retuner.ranks import ALONE, EvenOrder, Rank, count_blanks, forward_is, share, summed, with_blank
 from retuner.step_log import StepLog
@@ -22,7 +22,7 @@ def row_trainer(
     model: Any,
     sequences: Any,
     packed: bool,
-    params: TrainParams,
+    params: SftParams,
     steps: int,
     device: str,
     staging: Path,
@@ -36,19 +36,17 @@ def row_trainer(
     Its `train` raises RetunerError in the step in which a number stops being finite, and returns before the last
     step where `stopping` says so, or, with that step sealed, once `asked_to_stop` is true (in any process).
     """
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback, set_seed
-    from trl import SFTTrainer
+    from transformers import set_seed
+    from trl import SFTConfig, SFTTrainer
 
     noise = EmbeddingNoise(model, params.noise_alpha) if params.noise_alpha else None
     # TRL's own loss knows no smoothing that would not cost it a second pass, and takes the head for frozen.
     ours = (
         device == "cpu" or params.label_smoothing > 0 or _learns(model.get_output_embeddings()) or rank.of > 1
     )
-    per_device, accumulation = share(params, rank.of)
-    order = EvenOrder(len(sequences), params.seed, per_device * rank.of)
+    order = None
     if rank.of > 1:
+        order = EvenOrder(len(sequences), params.seed, share(params, rank.of)[0] * rank.of)
         sequences = with_blank(sequences)
 
     class RowTrainer(SFTTrainer):
@@ -73,7 +71,7 @@ def row_trainer(
                     return model(**inputs)
 
         def _get_train_sampler(self, *args):
-            return order if rank.of > 1 else super()._get_train_sampler(*args)
+            return order or super()._get_train_sampler(*args)
 
         def _load_rng_state(self, checkpoint):
             if checkpoints.processes(Path(checkpoint)) == rank.of:
@@ -82,18 +80,60 @@ def row_trainer(
                 set_seed(params.seed + self.state.global_step + rank.number)
 
         def create_optimizer(self, model=None):
-            if params.lora.learning_rate_ratio is None:
-                return super().create_optimizer(model)
-            self.optimizer = _lora_plus(self, model or self.model, params)
+            self.optimizer = lora_plus(self, model, params) or super().create_optimizer(model)
             return self.optimizer
 
         def create_model_card(self, *args, **kwargs):
             """TRL writes one beside every checkpoint."""
 
+    # Packed and masked already; left to itself TRL would cut rows to 1024 tokens.
+    own = {"packing": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    arguments = trainer_arguments(SFTConfig, params, steps, device, staging, rank, **own)
+    collate = collator(packed, params.attention)
+    trainer = watched(
+        RowTrainer,
+        arguments,
+        collate,
+        model,
+        sequences,
+        steps,
+        staging,
+        log,
+        stopping,
+        asked_to_stop,
+        rank,
+        order,
+    )
+    if rank.number:
+        set_seed(params.seed + rank.number)  # Other sequences, other noise.
+    return trainer
+
+
+def watched(
+    kind: Any,
+    arguments: Any,
+    collate: Any,
+    model: Any,
+    sequences: Any,
+    steps: int,
+    staging: Path,
+    log: StepLog,
+    stopping: Stopping | None,
+    asked_to_stop: Callable[[], bool],
+    rank: Rank = ALONE,
+    order: EvenOrder | None = None,
+) -> Any:
+    """A trainer of a TRL class, which says its steps to `log` and seals its checkpoints; `order` is that in which it
+    takes sequences, where not the Trainer's own."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+
     class Watch(TrainerCallback):
         def on_epoch_begin(self, args, state, control, **kwargs):
             # accelerate's own way does not reach the order where batches are skipped in one of several processes.
-            order.set_epoch(int(state.epoch or 0))
+            if order:
+                order.set_epoch(int(state.epoch or 0))
 
         def on_train_begin(self, args, state, control, **kwargs):
             log.begin(state.log_history)
@@ -136,35 +176,33 @@ def row_trainer(
                 checkpoints.seal(staging.parent, staged, state.global_step, keep=best)
             trainer.accelerator.wait_for_everyone()
 
-    # The rows need no tokenizer, only SFTTrainer's constructor does.
+    # The rows need no tokenizer, only TRL's constructors do.
     stub = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({PAD: PAD_ID}, unk_token=PAD)),
         pad_token=PAD,
         eos_token=PAD,
     )
     with adapter_stays_float32(model):
-        trainer = RowTrainer(
+        trainer = kind(
             model=model,
-            args=_arguments(params, steps, device, staging, per_device, accumulation),
+            args=arguments,
             train_dataset=sequences,
-            data_collator=collator(packed, params.attention),
+            data_collator=collate,
             processing_class=stub,
             callbacks=[Watch()],
         )
     # Kept, it would be saved in every checkpoint and its token ids written into the model's config.
     trainer.processing_class = None
     trainer.remove_callback(PrinterCallback)
-    if rank.number:
-        set_seed(params.seed + rank.number)  # Other sequences, other noise.
     return trainer
 
 
-def _arguments(
-    params: TrainParams, steps: int, device: str, staging: Path, per_device: int, accumulation: int
+def trainer_arguments(
+    kind: Any, params: TrainParams, steps: int, device: str, staging: Path, rank: Rank, **own: Any
 ) -> Any:
-    from trl import SFTConfig
-
-    arguments = SFTConfig(
+    """The arguments of a TRL class, of which `own` are those that others do not have."""
+    per_device, accumulation = share(params, rank.of)
+    arguments = kind(
         output_dir=str(staging),
         seed=params.seed,
         use_cpu=device == "cpu",
@@ -181,10 +219,6 @@ def _arguments(
         max_grad_norm=params.max_grad_norm,
         gradient_checkpointing=params.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
-        # Packed and masked already; left to itself TRL would cut rows to 1024 tokens.
-        packing=False,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=device == "cuda",
         save_strategy="steps",
         save_steps=params.checkpoint_every_steps,
@@ -193,8 +227,9 @@ def _arguments(
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
+        **own,
     )
-    # Where several GPUs are visible to one process, SFTTrainer refuses; one is what a run asks for.
+    # Where several GPUs are visible to one process, TRL refuses; one is what a run asks for.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -203,10 +238,14 @@ def _learns(module: Any) -> bool:
     return any(weight.requires_grad for weight in module.parameters())
 
 
-def _lora_plus(trainer: Any, model: Any, params: TrainParams) -> Any:
-    """PEFT's LoRA+ optimizer: B, biases and magnitudes learn `learning_rate_ratio` times as fast."""
+def lora_plus(trainer: Any, model: Any, params: TrainParams) -> Any:
+    """PEFT's LoRA+ optimizer, where params ask for it: B, biases and magnitudes learn `learning_rate_ratio` times as
+    fast."""
     from peft.optimizers import create_loraplus_optimizer
 
+    if params.lora.learning_rate_ratio is None:
+        return None
+    model = model or trainer.model
     kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     return create_loraplus_optimizer(
         model,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # a fully cached run ends before pydantic alone would have be
 MAX_PARAM_CHARACTERS = 6000
 """Of one param value, MLflow's limit."""
 
-LESS_IS_BETTER = {"loss", "perplexity"}
+LESS_IS_BETTER = {"loss", "dpo_loss", "perplexity"}
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, str]:

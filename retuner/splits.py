@@ -15,6 +15,7 @@ from retuner.artifacts import SplitsFacts
 from retuner.dataset import DataFile, Dataset
 from retuner.errors import Refused, Unavailable
 from retuner.files import sha256_file
+from retuner.formats import PREFERENCE
 from retuner.observe import Observer
 from retuner.params import PrepareParams
 
@@ -88,6 +89,7 @@ def prepare(
             held_out_rows=int(held.sum()),
             train_groups=groups(rows, kept),
             held_out_groups=groups(rows, held),
+            pairs=params.format == PREFERENCE,
         )
         if memo:
             memo.prune()

@@ -6,6 +6,7 @@ The record lives in the Trainer's own log, so a checkpoint carries it and a resu
 import math
 import resource
 import time
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -19,8 +20,9 @@ Point = tuple[int, dict[str, float]]
 class StepLog:
     """`tokens` counts those of the step under way; whoever feeds the model adds to it."""
 
-    def __init__(self, every: int, steps: int, observer: Observer):
-        self.every, self.steps, self.observer = every, steps, observer
+    def __init__(self, every: int, steps: int, observer: Observer, also: Sequence[str] = ()):
+        """`also` are more of the Trainer's numbers whose means belong to a point."""
+        self.every, self.steps, self.observer, self.also = every, steps, observer, also
         self.tokens = 0
         self.entries: list[dict[str, float]] = []
         """One a step: `step`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `seconds`, `memory_mb`."""
@@ -70,7 +72,7 @@ class StepLog:
         window = self.entries[(step - 1) // self.every * self.every : step]
         newest = window[-1]
         return step, {
-            "loss": fmean(entry["loss"] for entry in window),
+            **{name: fmean(entry[name] for entry in window) for name in ("loss", *self.also)},
             "learning_rate": newest["learning_rate"],
             "grad_norm": newest["grad_norm"],
             "tokens_per_second": sum(e["tokens"] for e in window) / sum(e["seconds"] for e in window),

@@ -7,7 +7,7 @@ same data gives the same bytes whatever was in the memo.
 import json
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from retuner.params import TemplateParams
 from retuner.rendering import Renderer
 from retuner.row_memo import MISSING, Places, RowMemo
 from retuner.template_side import Side, chat_name
-from retuner.templating_ahead import TemplatingAhead
+from retuner.templating_ahead import Helped, TemplatingAhead
 from retuner.token_rows import TokenRows
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def template(
     Errors: Refused when a chat is too long and `params.too_long` is `refuse`, when nothing to train or score on
     remains, and when the base's template cannot lay out the chats. The message names a chat.
     """
-    _check_room(base, params)
+    check_room(base, params)
     renderer = Renderer(load_tokenizer(base.path))
     rows = RowMemo(memo or work / "rows")
     check = ReferenceCheck(renderer)
@@ -63,7 +63,7 @@ def template(
         for side, before in ((train, 0), (held_out, len(train.lines))):
             side.places = rows.find(side.lines.ids)
             new += int((side.places.file == MISSING).sum())
-            for done in _add_missing(renderer, rows, side, ahead):
+            for done in add_missing(renderer, rows, side, ahead):
                 observer.progress("rows templated", before + done, total)
     rows.flush()
     if new < total:
@@ -98,7 +98,9 @@ def template(
     return facts
 
 
-def _add_missing(renderer: Renderer, rows: RowMemo, side: Side, ahead: TemplatingAhead) -> Iterator[int]:
+def add_missing(
+    renderer: Renderer, rows: RowMemo, side: Side, ahead: TemplatingAhead | None = None
+) -> Iterator[int]:
     """Tokenise what the memo does not hold; tells how many rows are done, those it holds included."""
     import numpy as np
 
@@ -106,7 +108,8 @@ def _add_missing(renderer: Renderer, rows: RowMemo, side: Side, ahead: Templatin
     done = len(side.lines) - len(missing)
     yield done
     batches = deque(side.lines.batches(missing))
-    with ahead.taking(side.lines, batches) as helped:
+    taking = ahead.taking(side.lines, batches) if ahead else nullcontext(Helped())
+    with taking as helped:
         for numbers in _each(batches):
             _add(renderer, rows, side, numbers)
             done += len(numbers)
@@ -211,14 +214,15 @@ def _write_rows(path: Path, side: Side, rows: RowMemo, params: TemplateParams) -
             columns = [
                 hex_strings(side.lines.ids[numbers]),
                 hex_strings(side.lines.groups[numbers]),
-                _listed(batch.input_ids, batch.offsets),
-                _listed(batch.labels(), batch.offsets),
+                listed(batch.input_ids, batch.offsets),
+                listed(batch.labels(), batch.offsets),
             ]
             stream.write_batch(pa.record_batch(columns, schema=schema))
             rows.let_go()
 
 
-def _listed(values: "NDArray[Any]", offsets: "NDArray[Any]") -> Any:
+def listed(values: "NDArray[Any]", offsets: "NDArray[Any]") -> Any:
+    """An Arrow array of lists of int32; `offsets` say where each begins in `values`, and where the last ends."""
     import numpy as np
     import pyarrow as pa
 
@@ -262,7 +266,7 @@ def _write_page(
 # --- what is refused, and what is said
 
 
-def _check_room(base: Base, params: TemplateParams) -> None:
+def check_room(base: Base, params: TemplateParams) -> None:
     room = json.loads((base.path / "config.json").read_bytes()).get("max_position_embeddings")
     if room is not None and params.max_tokens > room:
         raise Refused(

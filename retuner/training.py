@@ -1,4 +1,4 @@
-"""`train`: a LoRA adapter, by TRL's SFTTrainer over rows that are token ids already.
+"""`train`: a LoRA adapter, by TRL's SFTTrainer (`retuner.dpo`: DPOTrainer) over rows that are token ids already.
 
 The same params, chats, base and machine type give the same bytes, whether or not the process was killed on the way.
 
@@ -9,7 +9,7 @@ optimizer keeps of them in float32, because steps of 1e-4 are lost in bfloat16's
 import gc
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from retuner.lora import (
 )
 from retuner.observe import Observer
 from retuner.packing import RowCounts, count_rows, lay_out, read_rows
-from retuner.params import TrainParams
+from retuner.params import SftParams, TrainParams
 from retuner.quantized import bits_and_bytes, keep_differentiable
 from retuner.ranks import ALONE, Rank, agreed
 from retuner.row_trainer import row_trainer
@@ -45,6 +45,35 @@ from retuner.stopping import HELD_OUT_LOSS, Stopping, needed_by
 from retuner.targets import Targets, choose_targets
 from retuner.termination import sigterm_held_back
 from retuner.warm_start import read_start
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a way of learning has of its own."""
+
+    count: Callable[[Path], RowCounts]
+    """Of the folder of the chats."""
+    lay_out: Callable[[Path, Path], tuple[Any, int]]
+    """Of the folder of the chats and a file to write on the way: the datasets.Dataset that the trainer takes, and of
+    how many tokens one of its rows may be."""
+    trainer: Callable[..., Any]
+    """As `row_trainer`."""
+    logged: tuple[str, ...] = ()
+    """What its trainer logs besides the loss."""
+
+
+def _rows_of(chats: Path) -> RowCounts:
+    return count_rows(read_rows(chats / "train.arrow"))
+
+
+def _laid_out(chats: Path, cache: Path) -> tuple[Any, int]:
+    rows, packs = read_rows(chats / "train.arrow"), chats / "packs.arrow"
+    if packs.exists():
+        return lay_out(rows, packs, cache)
+    return rows, count_rows(rows).longest_tokens
+
+
+SFT = Recipe(_rows_of, _laid_out, row_trainer)
 
 
 @dataclass
@@ -73,6 +102,7 @@ def train(
     device: str,
     observer: Observer,
     start: Path | None = None,
+    recipe: Recipe = SFT,
 ) -> AdapterFacts:
     """Write adapter_model.safetensors, adapter_config.json and what people can look at into `out`.
 
@@ -81,7 +111,7 @@ def train(
     Errors: Refused or Unavailable, before any weight is loaded, when this cannot work; RetunerError when
     the numbers stop being finite.
     """
-    with learned(work, chats, base, params, device, observer, start) as result:
+    with learned(work, chats, base, params, device, observer, start, recipe) as result:
         return write_learned(out, result, base, params)
 
 
@@ -114,6 +144,7 @@ def learned(
     device: str,
     observer: Observer,
     start: Path | None = None,
+    recipe: Recipe = SFT,
     rank: Rank = ALONE,
 ) -> Iterator[Learned]:
     """As `train`, before anything is written. Afterwards the model is let go of.
@@ -125,7 +156,7 @@ def learned(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with reproducible(), quiet():
-        result = _learn(work, chats, base, params, device, observer, start, rank)
+        result = _learn(work, chats, base, params, device, observer, start, recipe, rank)
         yield result
         result.model = None
         if device == "cuda":
@@ -141,29 +172,25 @@ def _learn(
     device: str,
     observer: Observer,
     start: Path | None,
+    recipe: Recipe,
     rank: Rank,
 ) -> Learned:
     import torch
 
     staging = checkpoints.clear_staging(work) if rank.leads else work / "staging"
-    rows = read_rows(chats.path / "train.arrow")
-    counts = count_rows(rows)
+    counts = recipe.count(chats.path)
     refuse_what_cannot_work(counts, params, device)
     targets = choose_targets(params.lora, read_skeleton(base.path), quantized=params.quantization is not None)
     if targets.told:
         observer.say(f"train: adapting {', '.join(targets.names)}; in this base {', '.join(targets.told)}")
     weights = read_start(start, base.path, params.lora, targets) if start else None
 
-    packs = chats.path / "packs.arrow"
-    packed = packs.exists()
-    if packed:
-        sequences, sequence_tokens = lay_out(rows, packs, work / f"packed-{rank.number}.arrow")
-    else:
-        sequences, sequence_tokens = rows, counts.longest_tokens
+    packed = (chats.path / "packs.arrow").exists()
+    sequences, sequence_tokens = recipe.lay_out(chats.path, work / f"laid-out-{rank.number}.arrow")
     fill = counts.tokens / (len(sequences) * sequence_tokens)
     steps = planned_steps(len(sequences), params)
     stopping = None
-    if params.stop_early:
+    if isinstance(params, SftParams) and params.stop_early:
         stopping = Stopping(params.stop_early, chats.path / "held_out.arrow", steps, observer)
     bits = bits_and_bytes(params.quantization, params.precision) if params.quantization else None
     model = load_model(
@@ -177,9 +204,9 @@ def _learn(
         load_weights(model, weights)
     _say_what_learns(model, targets, counts, packed, fill, observer)
 
-    log = StepLog(params.log_every_steps, steps, observer)
+    log = StepLog(params.log_every_steps, steps, observer, recipe.logged)
     with sigterm_held_back() as asked_to_stop:
-        trainer = row_trainer(
+        trainer = recipe.trainer(
             model, sequences, packed, params, steps, device, staging, log, stopping, asked_to_stop, rank
         )
         resumed = agreed(rank, lambda: checkpoints.newest_whole(work, observer.say, needed_by))

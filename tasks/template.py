@@ -4,6 +4,7 @@ from retuner import templating
 from retuner.artifacts import Base, ChatsFacts, Splits
 from retuner.code_digest import code_digest
 from retuner.fingerprint import fingerprint, library_versions
+from retuner.pair_templating import template_pairs
 from retuner.params import TemplateParams
 from tasks.context import RunContext
 from tasks.step import Step
@@ -21,11 +22,14 @@ def template(run: RunContext, splits: Splits, base: Base, params: TemplateParams
         code = code_digest("retuner.rendering:Renderer", run.code_notes)
         key = fingerprint({**tokenizer, "code": code, "libraries": library_versions(libraries)})
         memo = run.store.root / "memo" / key
-        return templating.template(out, work, splits, base, params, memo, run.observer)
+        lay_out = template_pairs if splits.facts.pairs else templating.template
+        return lay_out(out, work, splits, base, params, memo, run.observer)
 
     return Step(
         stage="template",
-        code=("retuner.templating:template",),
+        code=(
+            "retuner.pair_templating:template_pairs" if splits.facts.pairs else "retuner.templating:template",
+        ),
         libraries=libraries,
         params=params.model_dump(mode="json"),
         inputs={"splits": splits.digest, **tokenizer},

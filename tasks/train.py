@@ -1,11 +1,12 @@
 from pathlib import Path
 from typing import Any
 
-from retuner import launch, registry, training
+from retuner import dpo, launch, registry, training
 from retuner.artifacts import AdapterFacts, Base, Chats
+from retuner.errors import Refused
 from retuner.metric_stream import MetricStream
 from retuner.observe import Tee
-from retuner.params import TrainParams
+from retuner.params import DpoParams, TrainParams
 from retuner.quantized import needs_bitsandbytes, require_bitsandbytes
 from retuner.warm_start import production_start, train_request
 from tasks.context import RunContext
@@ -34,15 +35,25 @@ def train(run: RunContext, chats: Chats, base: Base, params: TrainParams) -> Ste
         elif params.warm_start == "production":
             run.observer.say("train: nothing is in production to learn on from; the adapter begins at zero")
         with MetricStream(run.mlflow_run(work.name), run.observer.say) as stream:
-            asked = (out, work, chats, base, params, run.runtime.device, Tee(run.observer, stream), folder)
+            asked = (run.runtime.device, Tee(run.observer, stream), folder)
+            if isinstance(params, DpoParams):
+                if run.runtime.processes > 1:
+                    raise Refused(
+                        f"train.recipe is dpo, and {run.runtime.processes} processes were asked for",
+                        "one process: preference pairs are not shared out",
+                        "unset RETUNER_PROCESSES, or leave out --processes",
+                    )
+                return dpo.train(out, work, chats, base, params, *asked)
             if run.runtime.processes > 1:
-                return launch.train_in_processes(*asked, run.runtime.processes)
-            return training.train(*asked)
+                return launch.train_in_processes(
+                    out, work, chats, base, params, *asked, run.runtime.processes
+                )
+            return training.train(out, work, chats, base, params, *asked)
 
     extra = ("bitsandbytes",) if needs_bitsandbytes(params) else ()
     return Step(
         stage="train",
-        code=("retuner.training:train",),
+        code=("retuner.dpo:train" if isinstance(params, DpoParams) else "retuner.training:train",),
         libraries=(
             *("accelerate", "datasets", "numpy", "peft", "safetensors", "torch", "transformers", "trl"),
             *extra,

@@ -25,12 +25,13 @@ from projects import ROOT
 from retuner.artifacts import AdapterFacts, Base, BaseFacts, Chats, ChatsFacts
 from retuner.observe import Observer, Silent
 from retuner.pack_plan import plan_packs, write_packs
-from retuner.params import TrainParams
+from retuner.params import DpoParams, SftParams
 from retuner.tiny_phi3 import write_tiny_phi3
 from retuner.training import train
 
 STEPS, CHECKPOINT_STEPS, PACK_TOKENS = 12, 2, 64
 PARAMS: dict[str, Any] = {
+    "recipe": "sft",
     "seed": 1,
     "precision": "float32",
     "attention": "sdpa",
@@ -70,8 +71,8 @@ LORA: dict[str, Any] = {
 }
 
 
-def params(lora: dict[str, Any] | None = None, **changed: Any) -> TrainParams:
-    return TrainParams(**{**PARAMS, **changed, "lora": {**LORA, **(lora or {})}})
+def params(lora: dict[str, Any] | None = None, **changed: Any) -> SftParams:
+    return SftParams(**{**PARAMS, **changed, "lora": {**LORA, **(lora or {})}})
 
 
 def random_rows(count: int = 30, longest: int = 40, seed: int = 0) -> list[tuple[list[int], list[int]]]:
@@ -166,7 +167,7 @@ def chats_of(folder: Path) -> Chats:
 
 def run(
     folder: Path,
-    asked: TrainParams | None = None,
+    asked: SftParams | None = None,
     observer: Observer | None = None,
     out: str = "out",
     work: str = "work",
@@ -263,15 +264,21 @@ def main() -> None:
     import peft  # Slow to import; the forks inherit them.
     import trl
 
-    assert peft.LoraConfig and trl.SFTTrainer and trl.SFTConfig
+    assert peft.LoraConfig and trl.SFTTrainer and trl.SFTConfig and trl.DPOTrainer
     for number, line in enumerate(sys.stdin):
         asked_folder, to_be_killed = json.loads(line)
         folder, child = Path(asked_folder), os.fork()
         if not child:
-            heard, asked = Inside(folder / "inside"), params()
+            heard, asked, carry_out = Inside(folder / "inside"), params(), run
             if (folder / "asked.json").exists():
-                asked = TrainParams.model_validate_json((folder / "asked.json").read_bytes())
-            facts = run(folder, asked, heard, out=f"out-{number}")
+                written = (folder / "asked.json").read_bytes()
+                if json.loads(written)["recipe"] == "dpo":
+                    import pair_job
+
+                    asked, carry_out = DpoParams.model_validate_json(written), pair_job.run
+                else:
+                    asked = SftParams.model_validate_json(written)
+            facts = carry_out(folder, asked, heard, out=f"out-{number}")
             heard.file.unlink()
             while to_be_killed:
                 signal.pause()
