@@ -107,7 +107,7 @@ def row_trainer(
             model=model,
             args=_arguments(params, steps, device, staging),
             train_dataset=sequences,
-            data_collator=collator(packed, params.attention),
+            data_collator=collator(packed, model.config._attn_implementation),
             processing_class=stub,
             callbacks=[Watch()],
         )
