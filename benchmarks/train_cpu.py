@@ -184,8 +184,8 @@ def report(results: Results, work: Work, rounds: int, layers: int) -> None:
         mine = f"{name}: ours"
         off = results.loss(mine) / results.loss(other) - 1
         print(
-            f"  ours is {results.ratio(mine, other):.2f} x as fast as {other} (goal {GOALS[name]:g} x), its held-out loss "
-            f"{100 * off:+.2f} % (goal within {100 * LOSS_GOAL:g} %)"
+            f"  ours is {results.ratio(mine, other):.2f} x as fast as {other} (goal {GOALS[name]:g} x), its "
+            f"held-out loss {100 * off:+.2f} % (goal within {100 * LOSS_GOAL:g} %)"
         )
     waited = statistics.median(each.waited / each.training for each in results.deliveries)
     used = statistics.median(each.processor / each.training for each in results.deliveries)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,8 @@ def trl_defaults(work: Work, folder: Path, device: str) -> Trained:
 def tutorial(
     work: Work, folder: Path, device: str, pack_tokens: int, strategy: str, batch_size: int = 4
 ) -> Trained:
-    """The settings of Microsoft's sample_finetune.py in today's names: weights in bfloat16, packing, 4 sequences a step,
-    checkpointed activations (not re-entrant). Its flash attention is sdpa where flash-attn is not installed.
+    """The settings of Microsoft's sample_finetune.py in today's names: weights in bfloat16, packing, 4 sequences a
+    step, checkpointed activations (not re-entrant). Its flash attention is sdpa where flash-attn is not installed.
 
     strategy: `wrapped` is what packing was then (rows are cut and see one another), `bfd` what it is by default now.
     """
@@ -194,7 +195,7 @@ def trl(work: Work, folder: Path, device: str, **settings: Any) -> Trained:
         trainer.model.gradient_checkpointing_disable()
         seen = [0, *(int(entry["num_tokens"]) for entry in watch.entries)]
         trained = Trained(
-            tokens=tuple(after - before for before, after in zip(seen, seen[1:], strict=False)),
+            tokens=tuple(after - before for before, after in pairwise(seen)),
             seconds=tuple(entry["seconds"] for entry in watch.entries),
             losses=tuple(float(entry["loss"]) for entry in watch.entries),
             grad_norms=tuple(float(entry["grad_norm"]) for entry in watch.entries),

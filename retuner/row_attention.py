@@ -14,7 +14,7 @@ MODEL_TYPES = ("phi3",)
 
 
 def attend_by_row(model: Any) -> bool:
-    """Let `model`, loaded with sdpa, attend row by row. False, and nothing is changed, for a model not known to allow it.
+    """Let `model`, loaded with sdpa, attend row by row. False, and nothing is changed, where that is not known to fit.
 
     Its batches must then come as `retuner.packing.collate_end_to_end` makes them, or with an attention mask.
     """
@@ -48,8 +48,8 @@ def attend(
     max_length_q: int | None = None,
     **others: Any,
 ) -> tuple[Any, None]:
-    """query (1, heads, T, width), key and value (1, key heads, T, width) of rows that end where `cu_seq_lens_q` (R + 1,)
-    says, the longest of `max_length_q` tokens. Returns (1, T, heads, width)."""
+    """query (1, heads, T, width), key and value (1, key heads, T, width) of rows that end where `cu_seq_lens_q`
+    (R + 1,) says, the longest of `max_length_q` tokens. Returns (1, T, heads, width)."""
     import torch
 
     if attention_mask is not None:

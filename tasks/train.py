@@ -1,7 +1,7 @@
 from pathlib import Path
 from typing import Any
 
-from retuner import registry, training
+from retuner import planner, registry, training
 from retuner.artifacts import AdapterFacts, Base, Chats
 from retuner.metric_stream import MetricStream
 from retuner.observe import Tee
@@ -33,9 +33,15 @@ def train(run: RunContext, chats: Chats, base: Base, params: TrainParams) -> Ste
             run.observer.say(f"train: learning on from {start.model_name} version {start.version}")
         elif params.warm_start == "production":
             run.observer.say("train: nothing is in production to learn on from; the adapter begins at zero")
+        speeds = run.runtime.home / planner.SPEEDS
+        plan = planner.make_plan(chats, base, params, run.runtime.device, speeds)
+        run.observer.say(f"train: expecting {plan.summary()}")
+        plan.refuse_what_cannot_fit()
         with MetricStream(run.mlflow_run(work.name), run.observer.say) as stream:
             listener = Tee(run.observer, stream)
-            return training.train(out, work, chats, base, params, run.runtime.device, listener, folder)
+            facts = training.train(out, work, chats, base, params, run.runtime.device, listener, folder)
+        planner.record_outcome(out / "aside", plan, speeds)
+        return facts
 
     extra = ("bitsandbytes",) if needs_bitsandbytes(params) else ()
     return Step(
