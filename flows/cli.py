@@ -99,6 +99,26 @@ def why(params: ParamsFile, set_: Overrides = [], as_json: AsJson = False, debug
 
 
 @app.command()
+def plan(params: ParamsFile, set_: Overrides = [], as_json: AsJson = False, debug: Debug = False) -> None:
+    """Say what training would take: memory, speed, time, rows cut or left out, and whether it fits."""
+    from flows.console import Terminal
+    from flows.plan import plan_training
+
+    terminal = Terminal()
+    try:
+        planned, refusal = plan_training(params, tuple(set_), load_runtime(), terminal)
+    finally:
+        terminal.close()
+    if as_json and not refusal:
+        print_json(planned.as_json())
+    elif not as_json:
+        for line in planned.lines():
+            print(line)
+    if refusal:
+        raise refusal
+
+
+@app.command()
 def accept(
     params: ParamsFile,
     stage: Annotated[str, typer.Option(help="The stage whose code changed.")],

@@ -92,7 +92,7 @@ class PreferenceFacts(Facts):
 
 class AdapterFacts(Facts):
     """`train`: adapter_model.safetensors, adapter_config.json; aside/metrics.jsonl
-    (`{"step", "metrics": {...}}` a line), aside/effective.json."""
+    (`{"step", "metrics": {...}}` a line), aside/effective.json, aside/plan.json (see `retuner.planner`)."""
 
     sha256: str
     """Of adapter_model.safetensors."""

@@ -1,13 +1,16 @@
 """Rows of token ids, several to a sequence, none of which sees another.
 
-Within a packed sequence the position ids begin at 0 with every row. With no attention mask and no cache,
-transformers then lets a token attend to its own row alone, exactly, under sdpa and eager attention
-(tests/test_training.py compares logits and gradients with those of the rows one by one).
+Within a packed sequence the position ids begin at 0 with every row. With no attention mask and no cache, a token
+then attends to its own row alone, exactly: by `retuner.row_attention`, which is told where rows end, and by
+transformers' own sdpa and eager attention (tests/test_row_attention.py and tests/test_training.py compare logits and
+gradients with those of the rows one by one).
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from retuner.row_attention import ROW_ATTENTION
 
 NO_LOSS = -100
 PAD_ID = 0
@@ -102,7 +105,7 @@ def collate_packed(sequences: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of packed sequences, one beside the other (B, longest of the batch): `input_ids`, `labels`,
     `position_ids`, and `tokens`, how many are not padding.
 
-    TRL lays the batch end to end instead, where attention costs B times as much.
+    Laid end to end, attention by a mask would cost B times as much.
     """
     import torch
 
@@ -119,22 +122,57 @@ def collate_packed(sequences: list[dict[str, Any]]) -> dict[str, Any]:
         position_ids[line] = torch.cat([torch.arange(span) for span in spans])
     # The first token of a row has nothing before it to be predicted from but another row.
     labels[position_ids == 0] = NO_LOSS
-    tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
-    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "tokens": tokens}
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": position_ids,
+        "tokens": _count_tokens(sequences),
+    }
+
+
+def collate_end_to_end(sequences: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of packed sequences as one, without padding (1, T): `input_ids`, `labels`, `position_ids`, where rows end
+    as `cu_seq_lens_q` (R + 1,), their greatest length as `max_length_q`, and `tokens` as there."""
+    import torch
+
+    lengths = torch.tensor([length for sequence in sequences for length in sequence["seq_lengths"]])
+    input_ids, labels = (
+        torch.cat([torch.tensor(sequence[name]) for sequence in sequences])
+        for name in ("input_ids", "labels")
+    )
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    position_ids = torch.arange(len(input_ids)) - ends[:-1].repeat_interleave(lengths)
+    labels[ends[:-1]] = NO_LOSS  # As in collate_packed.
+    return {
+        "input_ids": input_ids[None],
+        "labels": labels[None],
+        "position_ids": position_ids[None],
+        "cu_seq_lens_q": ends.int(),
+        "max_length_q": int(lengths.max()),
+        "tokens": _count_tokens(sequences),
+    }
 
 
 def collator(packed: bool, attention: str) -> Any:
-    """What makes a batch of rows or packed sequences. Flash attention knows rows apart only end to end."""
+    """What makes a batch of rows or packed sequences for a model whose attention has that name in transformers."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+    if packed and attention == ROW_ATTENTION:
+        return collate_end_to_end
     if packed and attention != "flash_attention_2":
         return collate_packed
     return DataCollatorForLanguageModeling(pad_token_id=PAD_ID, padding_free=packed)
+
+
+def _count_tokens(sequences: list[dict[str, Any]]) -> int:
+    """Of a sequence of one token, which fills up the last batch of several processes, nothing is learned."""
+    return sum(len(sequence["input_ids"]) for sequence in sequences if len(sequence["input_ids"]) > 1)
 
 
 def take_token_count(batch: dict[str, Any]) -> int:
     """How many tokens of a batch are not padding; what only says so is taken out."""
     if "tokens" in batch:
         return batch.pop("tokens")
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+    if (mask := batch.get("attention_mask")) is None:
+        return batch["input_ids"].numel()
+    return int(mask[(batch["labels"] != NO_LOSS).any(dim=1)].sum())

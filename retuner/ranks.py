@@ -76,11 +76,6 @@ def with_blank(sequences: Any) -> Any:
     return concatenate_datasets([sequences, Dataset.from_dict(columns, features=sequences.features)])
 
 
-def count_blanks(batch: dict[str, Any]) -> int:
-    """Tokens that came by `with_blank`: every other sequence teaches something."""
-    return int((batch["labels"] == NO_LOSS).all(dim=1).sum())
-
-
 @contextmanager
 def forward_is(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """For what must go through a wrapper's own forward, which is how the wrapper knows that a pass began."""

@@ -11,7 +11,7 @@ from retuner.noise import EmbeddingNoise
 from retuner.packing import NO_LOSS, PAD_ID, collator, take_token_count
 from retuner.params import SftParams, TrainParams
 from retuner.quantized import adapter_stays_float32
-from retuner.ranks import ALONE, EvenOrder, Rank, count_blanks, forward_is, share, summed, with_blank
+from retuner.ranks import ALONE, EvenOrder, Rank, forward_is, share, summed, with_blank
 from retuner.step_log import StepLog
 from retuner.stopping import Stopping
 
@@ -52,8 +52,6 @@ def row_trainer(
     class RowTrainer(SFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             log.tokens += take_token_count(inputs)
-            if rank.of > 1:
-                log.tokens -= count_blanks(inputs)
             if noise:
                 noise.expect(inputs)
             if not ours:
@@ -89,7 +87,7 @@ def row_trainer(
     # Packed and masked already; left to itself TRL would cut rows to 1024 tokens.
     own = {"packing": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
     arguments = trainer_arguments(SFTConfig, params, steps, device, staging, rank, **own)
-    collate = collator(packed, params.attention)
+    collate = collator(packed, model.config._attn_implementation)
     trainer = watched(
         RowTrainer,
         arguments,

@@ -38,6 +38,7 @@ from retuner.packing import RowCounts, count_rows, lay_out, read_rows
 from retuner.params import SftParams, TrainParams
 from retuner.quantized import bits_and_bytes, keep_differentiable
 from retuner.ranks import ALONE, Rank, agreed
+from retuner.row_attention import ROW_ATTENTION, attend_by_row
 from retuner.row_trainer import row_trainer
 from retuner.skeleton import read_skeleton
 from retuner.step_log import StepLog
@@ -197,6 +198,8 @@ def _learn(
         base.path, params.precision, params.attention, device, use_cache=False, quantization=bits
     )
     keep_differentiable(model)
+    if packed and params.attention == "sdpa":
+        attend_by_row(model)
     torch.manual_seed(params.seed)  # For the adapter's first weights; the Trainer seeds itself again.
     model = put_adapter_on(model, params.lora, targets)
     begun = begin_weights(model, params.lora)
@@ -270,7 +273,7 @@ def _effective(result: Learned, params: TrainParams) -> dict[str, str]:
 
     config, device = result.model.config, result.model.device
     told = {
-        "attention": str(config._attn_implementation),
+        "attention": str(config._attn_implementation).replace(ROW_ATTENTION, "sdpa"),
         "dtype": str(result.model.dtype).removeprefix("torch."),
         "use_cache": str(config.use_cache),
         "requested_attention": params.attention,
@@ -280,6 +283,8 @@ def _effective(result: Learned, params: TrainParams) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "processes": str(result.processes),
     }
+    if config._attn_implementation == ROW_ATTENTION:
+        told["packed_rows"] = "end to end, each attended by itself"
     if packed := getattr(config, "quantization_config", None):
         told["quantization"] = (
             f"{packed.bnb_4bit_quant_type}{', double' if packed.bnb_4bit_use_double_quant else ''}, computes in "

@@ -209,12 +209,13 @@ def _files(
         "data/report.json": splits.path / "aside" / "report.json",
         "data/quarantine.jsonl": splits.path / "aside" / "quarantine.jsonl",
         "train/effective.json": adapter.path / "aside" / "effective.json",
+        "train/plan.json": adapter.path / "aside" / "plan.json",
         "evaluation/report.json": report.path / "report.json",
         "evaluation/answers.jsonl": report.path / "answers.jsonl",
         "evaluation/losses.jsonl": report.path / "losses.jsonl",
         "lineage.json": out / "lineage.json",
     }
-    return {name: path for name, path in wanted.items() if path.stat().st_size}
+    return {name: path for name, path in wanted.items() if path.exists() and path.stat().st_size}
 
 
 def _note_lines(run: RunContext, base: Base, adapter: Adapter) -> dict[str, str]:

@@ -1,12 +1,12 @@
 from pathlib import Path
 from typing import Any
 
-from retuner import dpo, launch, registry, training
+from retuner import dpo, launch, planner, registry, training
 from retuner.artifacts import AdapterFacts, Base, Chats
 from retuner.errors import Refused
 from retuner.metric_stream import MetricStream
 from retuner.observe import Tee
-from retuner.params import DpoParams, TrainParams
+from retuner.params import DpoParams, SftParams, TrainParams
 from retuner.quantized import needs_bitsandbytes, require_bitsandbytes
 from retuner.warm_start import production_start, train_request
 from tasks.context import RunContext
@@ -34,21 +34,29 @@ def train(run: RunContext, chats: Chats, base: Base, params: TrainParams) -> Ste
             run.observer.say(f"train: learning on from {start.model_name} version {start.version}")
         elif params.warm_start == "production":
             run.observer.say("train: nothing is in production to learn on from; the adapter begins at zero")
+        if isinstance(params, DpoParams) and run.runtime.processes > 1:
+            raise Refused(
+                f"train.recipe is dpo, and {run.runtime.processes} processes were asked for",
+                "one process: preference pairs are not shared out",
+                "unset RETUNER_PROCESSES, or leave out --processes",
+            )
+        planned = isinstance(params, SftParams) and run.runtime.processes == 1
+        speeds = run.runtime.home / planner.SPEEDS
+        if planned:
+            plan = planner.make_plan(chats, base, params, run.runtime.device, speeds)
+            run.observer.say(f"train: expecting {plan.summary()}")
+            plan.refuse_what_cannot_fit()
         with MetricStream(run.mlflow_run(work.name), run.observer.say) as stream:
             asked = (run.runtime.device, Tee(run.observer, stream), folder)
             if isinstance(params, DpoParams):
-                if run.runtime.processes > 1:
-                    raise Refused(
-                        f"train.recipe is dpo, and {run.runtime.processes} processes were asked for",
-                        "one process: preference pairs are not shared out",
-                        "unset RETUNER_PROCESSES, or leave out --processes",
-                    )
                 return dpo.train(out, work, chats, base, params, *asked)
             if run.runtime.processes > 1:
                 return launch.train_in_processes(
                     out, work, chats, base, params, *asked, run.runtime.processes
                 )
-            return training.train(out, work, chats, base, params, *asked)
+            facts = training.train(out, work, chats, base, params, *asked)
+        planner.record_outcome(out / "aside", plan, speeds)
+        return facts
 
     extra = ("bitsandbytes",) if needs_bitsandbytes(params) else ()
     return Step(

@@ -1,0 +1,161 @@
+"""What one layer of a base takes to train, measured on layers of its shape with random weights.
+
+A base repeats one layer, so a model of one layer and one of two tell what a layer costs; the real weights are not
+needed for it. Nothing of torch's generators is used up.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from retuner.errors import Refused
+from retuner.lora import put_adapter_on
+from retuner.params import LoraParams
+from retuner.row_attention import attend_by_row
+from retuner.skeleton import skeleton_of
+from retuner.targets import choose_targets
+
+TRIES = 3
+VOCABULARY = 64
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Of one layer and one token, in training with an adapter."""
+
+    saved_bytes: float
+    """What the forward pass keeps for the backward pass, weights aside."""
+    forward_seconds: float
+    seconds: float
+    """Forward and backward."""
+
+
+@lru_cache(maxsize=8)
+def layer_cost(
+    base: Path, lora: str, precision: str, attention: str, device: str, row_tokens: int, rows: int
+) -> LayerCost:
+    """`lora` is a LoraParams as JSON; of its layers and patterns nothing counts here. Rows lie end to end."""
+    import torch
+
+    asked = LoraParams.model_validate_json(lora).model_copy(
+        update={
+            "layers": "all",
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "modules_to_save": (),
+            "init": "default",
+        }
+    )
+    with torch.random.fork_rng(devices=[0] if device == "cuda" else []):
+        one, two = (
+            _measure(base, layers, asked, precision, attention, device, row_tokens, rows) for layers in (1, 2)
+        )
+    tokens = row_tokens * rows
+    # Noise can make two layers look cheaper than one; a layer costs at least a third of a model of one.
+    saved, forward, both = (
+        max(second - first, first / 3) / tokens for first, second in zip(one, two, strict=True)
+    )
+    return LayerCost(saved, forward, both)
+
+
+def head_seconds(hidden: int, vocabulary: int, precision: str, device: str, tokens: int) -> float:
+    """Of one supervised token: its logits, their loss, and back."""
+    import torch
+
+    dtype = getattr(torch, precision)
+    states = torch.randn(tokens, hidden, dtype=dtype, device=device, requires_grad=True)
+    head = torch.full((vocabulary, hidden), 0.01, dtype=dtype, device=device)
+    targets = torch.zeros(tokens, dtype=torch.int64, device=device)
+
+    def once() -> None:
+        logits = torch.nn.functional.linear(states, head).float()
+        torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+
+    return min(_timed(once, device) for _ in range(TRIES)) / tokens
+
+
+def _measure(
+    base: Path,
+    layers: int,
+    lora: LoraParams,
+    precision: str,
+    attention: str,
+    device: str,
+    row_tokens: int,
+    rows: int,
+) -> tuple[float, float, float]:
+    """Bytes that are kept, forward seconds, and seconds of both passes, of a model of so many layers."""
+    import torch
+
+    model, by_row = _small_model(base, layers, lora, precision, attention, device)
+    batch = _batch(row_tokens, rows, by_row, device)
+    kept: dict[int, int] = {}
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def forward() -> Any:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            return model.get_base_model().base_model(**batch, use_cache=False).last_hidden_state
+
+    def both() -> None:
+        forward().float().sum().backward()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = forward()
+    del hidden
+    forward_seconds = min(_timed(forward, device) for _ in range(TRIES))
+    seconds = min(_timed(both, device) for _ in range(TRIES))
+    return float(sum(kept.values())), forward_seconds, seconds
+
+
+def _small_model(
+    base: Path, layers: int, lora: LoraParams, precision: str, attention: str, device: str
+) -> tuple[Any, bool]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
+    config.num_hidden_layers = layers
+    config.vocab_size = VOCABULARY
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    small = AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, precision), attn_implementation=attention, trust_remote_code=False
+    ).to(device)
+    by_row = attention == "sdpa" and attend_by_row(small)
+    try:
+        targets = choose_targets(lora, skeleton_of(small))
+    except Refused:  # names of single layers, which there are none of here
+        lora = lora.model_copy(update={"targets": "all-linear"})
+        targets = choose_targets(lora, skeleton_of(small))
+    return put_adapter_on(small, lora, targets).train(), by_row
+
+
+def _batch(row_tokens: int, rows: int, by_row: bool, device: str) -> dict[str, Any]:
+    import torch
+
+    if not by_row:
+        return {"input_ids": torch.ones(rows, row_tokens, dtype=torch.int64, device=device)}
+    ends = torch.arange(rows + 1, dtype=torch.int32, device=device) * row_tokens
+    return {
+        "input_ids": torch.ones(1, rows * row_tokens, dtype=torch.int64, device=device),
+        "position_ids": torch.arange(row_tokens, device=device).repeat(rows)[None],
+        "cu_seq_lens_q": ends,
+        "max_length_q": row_tokens,
+    }
+
+
+def _timed(work: Any, device: str) -> float:
+    import torch
+
+    began = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
