@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from retuner.artifacts import Base, BaseFacts, Chats, ChatsFacts
+from retuner.artifacts import Base, BaseFacts, Chats, ChatsFacts, PacksFacts
 from retuner.base import load_tokenizer
 from retuner.pack_plan import plan_packs, write_packs
 from retuner.rendering import Renderer
 from retuner.support_emails import conversations
-from retuner.token_rows import Row
+from retuner.token_rows import IGNORE, Row
 
 MEAN_CHARS, SPREAD = 300, 0.7
 NAME = "0" * 64
@@ -42,8 +42,10 @@ class Work:
         for name in ("train.arrow", "held_out.arrow"):
             (folder / name).symlink_to(self.chats.path / name)
         lengths = np.array([len(row.input_ids) for row in self.train])
-        write_packs(folder / "packs.arrow", plan_packs(lengths, pack_tokens), pack_tokens)
-        return replace(self, chats=self.chats.model_copy(update={"path": folder}))
+        count = write_packs(folder / "packs.arrow", plan_packs(lengths, pack_tokens), pack_tokens)
+        packs = PacksFacts(count=count, fill=self.tokens / (count * pack_tokens), rows_too_long=0)
+        facts = self.chats.facts.model_copy(update={"packs": packs})
+        return replace(self, chats=self.chats.model_copy(update={"path": folder, "facts": facts}))
 
 
 def make_work(folder: Path, base: Path, rows: int, held_out: int, longest: int) -> Work:
@@ -55,9 +57,24 @@ def make_work(folder: Path, base: Path, rows: int, held_out: int, longest: int) 
             found.append(row)
     assert len(found) >= rows + held_out, f"only {len(found)} rows have at most {longest} tokens"
     train, held = found[:rows], found[rows : rows + held_out]
+    return _write_work(folder, base, train, held)
+
+
+def make_random_work(folder: Path, base: Path, rows: int, mean_tokens: int, longest: int) -> Work:
+    """Rows of random ids, for speed alone: log-normal lengths of at least 8 tokens, of which the second half are answers."""
+    draw = random.Random(0)
+    made = []
+    for _ in range(rows + 8):
+        length = min(longest, max(8, round(draw.lognormvariate(0, SPREAD) * mean_tokens)))
+        ids = [draw.randrange(400) for _ in range(length)]
+        made.append(Row(ids, [IGNORE] * (length // 2) + ids[length // 2 :], 0))
+    return _write_work(folder, base, made[:rows], made[rows:])
+
+
+def _write_work(folder: Path, base: Path, train: list[Row], held_out: list[Row]) -> Work:
     folder.mkdir(parents=True)
     write_rows(folder / "train.arrow", train)
-    write_rows(folder / "held_out.arrow", held)
+    write_rows(folder / "held_out.arrow", held_out)
     return Work(_base(base), _chats_artifact(folder), tuple(train))
 
 

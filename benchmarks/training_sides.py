@@ -19,7 +19,7 @@ from retuner.determinism import quiet
 from retuner.evaluation import read_held_out, row_losses
 from retuner.observe import Observer, Silent
 from retuner.packing import read_rows
-from retuner.params import load
+from retuner.params import TrainParams, load
 from retuner.training import learned
 
 PARAMS = Path(__file__).parents[1] / "params" / "phi3_mini_lora.yaml"
@@ -56,19 +56,10 @@ def has_bfloat16(device: str) -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
 
 
-def ours(
-    work: Work,
-    folder: Path,
-    batch_size: int,
-    device: str,
-    *overrides: str,
-    observer: Observer | None = None,
-) -> Trained:
-    """`retuner.training` with params/phi3_mini_lora.yaml; packs as `work` plans them."""
-    import torch
-
+def ours_params(batch_size: int, device: str) -> TrainParams:
+    """params/phi3_mini_lora.yaml with the recipe that all sides share."""
     precision = "bfloat16" if has_bfloat16(device) else "float32"
-    params = load(
+    return load(
         PARAMS,
         (
             f"train.precision={precision}",
@@ -78,29 +69,31 @@ def ours(
             f"train.learning_rate={LEARNING_RATE}",
             "train.schedule=constant",
             "train.warmup_fraction=0.0",
-            "train.optimizer=adamw_torch_fused",
             "train.checkpoint_every_steps=1000000",
             "train.log_every_steps=1",
-            f"train.lora={{rank: {RANK}, alpha: {ALPHA}, dropout: {DROPOUT}, targets: all-linear, layers: all, "
-            "rank_pattern: {}, alpha_pattern: {}, modules_to_save: [], bias: none, rslora: false, dora: false, "
-            "init: default, learning_rate_ratio: null}",
-            *overrides,
+            f"train.lora.rank={RANK}",
+            f"train.lora.alpha={ALPHA}",
+            f"train.lora.dropout={DROPOUT}",
         ),
     ).train
+
+
+def ours(work: Work, folder: Path, batch_size: int, device: str, observer: Observer | None = None) -> Trained:
+    """`retuner.training`; packs as `work` plans them."""
     folder.mkdir(parents=True)
+    params = ours_params(batch_size, device)
     with (
         _peak(device) as peak,
         learned(folder, work.chats, work.base, params, device, observer or Silent()) as result,
     ):
         entries = result.log.entries
-        peaked = peak()
         return Trained(
             tokens=tuple(int(entry["tokens"]) for entry in entries),
             seconds=tuple(entry["seconds"] for entry in entries),
             losses=tuple(entry["loss"] for entry in entries),
             grad_norms=tuple(entry["grad_norm"] for entry in entries),
+            peak_bytes=peak(),
             held_out_loss=held_out_loss(result.model, work),
-            peak_bytes=peaked if torch.cuda.is_available() else 0,
         )
 
 
