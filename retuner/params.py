@@ -463,13 +463,15 @@ def _lay_over(data: dict[str, Any], override: str) -> None:
 def _sentence(detail: ErrorDetails, data: Any) -> str:
     """One line about one thing that is wrong, with the place as the file spells it."""
     place, keys = data, []
-    for part in detail["loc"]:
+    # Behind `train` stands the recipe whose settings these are, which no file spells there.
+    loc = detail["loc"] if detail["loc"][:1] != ("train",) else ("train", *detail["loc"][2:])
+    for part in loc:
         inside = isinstance(place, dict) and part in place
         listed = isinstance(place, list) and isinstance(part, int) and part < len(place)
         if inside or listed:
             place = place[part]
             keys.append(str(part))
-        elif detail["type"] == "missing" and part == detail["loc"][-1]:
+        elif detail["type"] == "missing" and part == loc[-1]:
             keys.append(str(part))
     where = ".".join(keys)
     found = detail["input"]

@@ -256,7 +256,7 @@ class _Book:
             except ValidationError as error:
                 unplaced = []
                 for detail in error.errors(include_url=False):
-                    where = ".".join(map(str, detail["loc"])).replace("train.sft.", "train.")
+                    where = ".".join(map(str, detail["loc"])).replace("train.sft.", "train.", 1)
                     path = next((p for p in self.said_by if where == p or where.startswith(f"{p}.")), None)
                     if path is None and where.startswith("base."):
                         path = "base." + where.rpartition(".")[2]

@@ -37,12 +37,12 @@ def write_chats(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "chats.jsonl").write_text(text, encoding="utf-8")
 
 
-def add_to_dvc(project: Path) -> None:
-    """What `dvc add data` does, in the project's own DVC repository."""
+def add_to_dvc(project: Path, folder: str = "data") -> None:
+    """What `dvc add FOLDER` does, in the project's own DVC repository."""
     from dvc.repo import Repo
 
     with Repo(str(project)) if (project / ".dvc").exists() else Repo.init(str(project), no_scm=True) as repo:
-        repo.add(str(project / "data"))
+        repo.add(str(project / folder))
 
 
 def make_project(folder: Path, rows: int = 48) -> Path:
@@ -62,10 +62,12 @@ def make_project(folder: Path, rows: int = 48) -> Path:
     return folder
 
 
-def retrain(overrides: tuple[str, ...] = (), **runtime: Any) -> RunContext:
-    """The pipeline of ./params.yaml, without Prefect. The context's records say what happened."""
+def retrain(
+    overrides: tuple[str, ...] = (), params: Path = Path("params.yaml"), **runtime: Any
+) -> RunContext:
+    """The pipeline of a params file, without Prefect. The context's records say what happened."""
     settings = replace(load_runtime(), **runtime)
-    context = open_context(load(Path("params.yaml"), overrides), settings)
+    context = open_context(load(params, overrides), settings)
     pipeline(context, lambda step: carry_out(context, step)[0])
     context.close_run("FINISHED")
     return context

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from prepare_stage import Stage
 
 from retuner.chats import BadRow, read_chats
@@ -176,6 +178,40 @@ def test_pairs_under_a_recipe_for_single_answers_are_refused_and_the_other_recip
         read(tmp_path, FORMS["texts"][0], format="auto")
     told = str(refusal.value)
     assert "preference data" in told and "train.recipe: dpo" in told and "prepare.format: preference" in told
+
+
+KEYS = st.sampled_from(
+    ["prompt", "question", "instruction", "input", "conversations", "system", "chosen", "rejected"]
+)
+TEXTS = st.sampled_from(
+    ["", " ", "Hi", "Yes.", "No.", "\n\nHuman: Hi\n\nAssistant:", "\n\nAssistant: a", "\0", "\ud800"]
+)
+TURNS = st.dictionaries(
+    st.sampled_from(["role", "content", "from", "value"]),
+    TEXTS
+    | st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool"])
+    | st.none()
+    | st.integers(),
+    max_size=4,
+)
+VALUES = TEXTS | TURNS | st.lists(TURNS | TEXTS, max_size=4) | st.none() | st.booleans()
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=st.dictionaries(KEYS, VALUES, max_size=5), both=VALUES, other=VALUES)
+def test_any_row_is_a_pair_that_can_be_learned_from_or_says_why_not(tmp_path, row, both, other):
+    try:
+        (found,) = read(tmp_path, row | {"chosen": both, "rejected": other})
+    except Refused as refusal:
+        assert refusal.found and refusal.do
+        return
+    if isinstance(found, BadRow):
+        assert found.cause.replace("_", "").isalpha() and found.message
+        return
+    roles = [turn["role"] for turn in found.messages]
+    assert roles[roles[0] == "system" :] == ["user", "assistant"] * (len(roles) // 2)
+    assert all(turn["content"].strip() for turn in found.messages)
+    assert found.rejected.strip() and found.rejected.strip() != found.messages[-1]["content"].strip()
 
 
 # --- prepare

@@ -6,7 +6,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from retuner import support_email_pairs
 from retuner.dataset import open_dataset
+from retuner.naming import group_of, is_held_out
+from retuner.params import load
 from retuner.support_email_texts import KEYS
 from retuner.support_emails import FILE_NAME, ROWS, SEED, conversations, write
 
@@ -72,3 +75,34 @@ def test_the_rows_vary_as_people_do():
         assert 0.05 < nulls < 0.4
     assert {answer["priority"] for answer in answers} == {"high", "normal", "low"}
     assert len({answer["category"] for answer in answers}) == 6
+
+
+# --- preference pairs
+
+
+def test_the_pairs_that_preferences_dvc_names_are_what_the_generator_writes(tmp_path):
+    dataset = open_dataset(ROOT / "preferences.dvc")
+    assert [file.relpath for file in dataset.files] == [support_email_pairs.FILE_NAME]
+    assert support_email_pairs.write(tmp_path).read_bytes() == dataset.files[0].path.read_bytes()
+
+
+def test_a_pair_answers_an_email_of_the_quickstart_rightly_and_with_a_mistake():
+    answers = {json.dumps(row["messages"][:-1]): row["messages"][-1] for row in conversations(ROWS, SEED)}
+    for pair in support_email_pairs.pairs():
+        assert [answers[json.dumps(pair["prompt"])]] == pair["chosen"]
+        right, (rejected,) = json.loads(pair["chosen"][0]["content"]), pair["rejected"]
+        try:
+            wrong = json.loads(rejected["content"])
+        except ValueError:
+            assert rejected["content"].endswith(pair["chosen"][0]["content"])
+        else:
+            assert sum(wrong[key] != right[key] for key in KEYS) == 1
+
+
+def test_all_that_the_quickstart_holds_out_has_its_pair():
+    params = load(ROOT / "params" / "quickstart.yaml").prepare
+    groups = {group_of(pair["prompt"]) for pair in support_email_pairs.pairs()}
+    for row in conversations(ROWS, SEED):
+        group = group_of(row["messages"])
+        if is_held_out(group, params.split_salt, params.held_out_fraction):
+            assert group in groups
