@@ -65,7 +65,7 @@ def head_seconds(hidden: int, vocabulary: int, precision: str, device: str, toke
     import torch
 
     dtype = getattr(torch, precision)
-    states = torch.randn(tokens, hidden, dtype=dtype, device=device, requires_grad=True)
+    states = torch.full((tokens, hidden), 0.01, dtype=dtype, device=device, requires_grad=True)
     head = torch.full((vocabulary, hidden), 0.01, dtype=dtype, device=device)
     targets = torch.zeros(tokens, dtype=torch.int64, device=device)
 

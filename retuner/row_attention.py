@@ -77,7 +77,7 @@ def attend(
         return output.unsqueeze(0), None
     lengths = cu_seq_lens_q.diff().tolist()
     rows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    outputs = [_attend_within(*row, sliding_window, scaling, dropout) for row in rows]
+    outputs = [_attend_within(q, k, v, sliding_window, scaling, dropout) for q, k, v in rows]
     return torch.cat(outputs, dim=1), None
 
 
