@@ -1,6 +1,6 @@
 """Training on a processor: ours against TRL's SFTTrainer as it comes and against Microsoft's tutorial, interleaved.
 
-    python -m benchmarks.train_cpu [--rounds 3] [--rows 128] [--layers 30]
+    python -m benchmarks.train_cpu [--rounds 3] [--rows 192] [--layers 30]
     python -m benchmarks.train_cpu --small      # a tiny base, in seconds: shows that it runs, measures nothing
 
 Base: SmolLM2-135M-Instruct as a Phi-3, or its first --layers layers. Rows: `benchmarks.training_rows`, short chats, the
@@ -46,8 +46,6 @@ class Size:
     held_out: int
     longest: int
     """Tokens of a row; SFTTrainer cuts what is longer than 1,024."""
-    padded_pack: int
-    """Tokens of ours in a step that stands beside 8 padded rows."""
     tutorial_pack: int
     batch: int
 
@@ -111,7 +109,9 @@ def first_layers(folder: Path, layers: int) -> None:
 
 def compare(work: Work, folder: Path, size: Size, rounds: int, said: Any = print) -> Results:
     results = Results()
-    padded = work.packed(folder / "padded-packs", size.padded_pack)
+    # As many tokens as 8 rows have, so that both sides make as many updates.
+    eight_rows = max(size.longest, 8 * work.tokens // len(work.train))
+    padded = work.packed(folder / "padded-packs", eight_rows)
     packed = work.packed(folder / "tutorial-packs", size.tutorial_pack)
     pack, batch = size.tutorial_pack, size.batch
     sides: dict[str, Any] = {
@@ -202,7 +202,7 @@ def report(results: Results, work: Work, rounds: int, layers: int) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--rows", type=int, default=128)
+    options.add_argument("--rows", type=int, default=192)
     options.add_argument("--layers", type=int, default=30, help="of SmolLM2's 30")
     options.add_argument("--small", action="store_true", help="a tiny base and few rows")
     chosen = options.parse_args()
@@ -211,13 +211,13 @@ def main() -> None:
         base.mkdir()
         if chosen.small:
             write_tiny_phi3(base, seed=0)
-            size, rounds, layers = Size(12, 4, 1024, 2048, 1024, 2), 1, 2
+            size, rounds, layers = Size(12, 4, 1024, 1024, 2), 1, 2
         else:
             write_smollm2(base)
             layers, rounds = chosen.layers, chosen.rounds
             if layers < 30:
                 first_layers(base, layers)
-            size = Size(chosen.rows, 32, 1024, 1536, 2048, 4)
+            size = Size(chosen.rows, 32, 1024, 2048, 4)
         work = make_work(folder / "rows", base, size.rows, size.held_out, size.longest)
         results = compare(work, folder, size, rounds)
         report(results, work, rounds, layers)
