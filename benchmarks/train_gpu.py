@@ -1,4 +1,4 @@
-"""Training on one GPU with Phi-3-mini's shape and random weights: ours against Microsoft's tutorial and TRL, interleaved.
+"""Training on one GPU with Phi-3-mini's shape and random weights: ours against the tutorial and TRL, interleaved.
 
     python -m benchmarks.train_gpu [--rounds 3] [--rows 600]
     python -m benchmarks.train_gpu --small --device cpu     # a tiny base: shows that it runs, measures nothing
@@ -9,8 +9,8 @@ against eager attention in float32. Rows are random ids with the lengths of chat
 (bfloat16 weights, packing, no checkpointed activations, flash attention and Liger's kernels where they are installed).
 Unsloth and LLaMA-Factory are named when they are installed; this benchmark does not drive them.
 
-Reported: tokens without padding a second, the share of the matrix-product peak that is measured in the same run, the most
-GPU memory, and what `retuner plan` said before. Steps count without the first.
+Reported: tokens without padding a second, the share of the matrix-product peak that is measured in the same run,
+the most GPU memory, and what `retuner plan` said before. Steps count without the first.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def matmul_peak(device: str, size: int) -> float:
 
 
 def flop_a_token(work: Work) -> float:
-    """Forward, and back through activations: no gradients of the base's weights. LoRA's own products are not counted."""
+    """Forward, and back through activations; the base's weights have no gradients. LoRA's own products do not count."""
     import torch
 
     from retuner.skeleton import empty_model
@@ -238,9 +238,9 @@ def main() -> None:
         folder, base = Path(temporary), Path(temporary) / "base"
         base.mkdir()
         write_base(base, device, chosen.small)
-        rows, mean, pack, batch, rounds = (
-            (24, 60, 256, 2, 1) if chosen.small else (chosen.rows, 400, 2048, 4, chosen.rounds)
-        )
+        rows, mean, pack, batch, rounds = chosen.rows, 400, 2048, 4, chosen.rounds
+        if chosen.small:
+            rows, mean, pack, batch, rounds = 24, 60, 256, 2, 1
         plain = make_random_work(folder / "rows", base, rows, mean, longest=pack // 2)
         work = plain.packed(folder / "packs", pack)
         made: dict[str, Any] = {

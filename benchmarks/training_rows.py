@@ -61,7 +61,7 @@ def make_work(folder: Path, base: Path, rows: int, held_out: int, longest: int) 
 
 
 def make_random_work(folder: Path, base: Path, rows: int, mean_tokens: int, longest: int) -> Work:
-    """Rows of random ids, for speed alone: log-normal lengths of at least 8 tokens, of which the second half are answers."""
+    """Rows of random ids, for speed alone: log-normal lengths of at least 8 tokens; the second half carries loss."""
     draw = random.Random(0)
     made = []
     for _ in range(rows + 8):

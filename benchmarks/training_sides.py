@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.training_rows import Work
 from retuner.determinism import quiet
 from retuner.evaluation import read_held_out, row_losses
-from retuner.observe import Observer, Silent
+from retuner.observe import Observer, Silent, Tee
 from retuner.packing import read_rows
 from retuner.params import TrainParams, load
 from retuner.training import learned
@@ -33,6 +33,8 @@ class Trained:
 
     tokens: tuple[int, ...]
     seconds: tuple[float, ...]
+    processor_seconds: tuple[float, ...]
+    """Of all threads of this process: less at the mercy of what else the machine does."""
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
     held_out_loss: float
@@ -44,6 +46,25 @@ class Trained:
     def tokens_per_second(self) -> float:
         """Without the first step, in which libraries warm up."""
         return sum(self.tokens[1:]) / sum(self.seconds[1:])
+
+    @property
+    def tokens_per_processor_second(self) -> float:
+        return sum(self.tokens[1:]) / sum(self.processor_seconds[1:])
+
+
+class Clock(Silent):
+    """Notes the processor time at the end of each step."""
+
+    def __init__(self) -> None:
+        self.marks = [time.process_time()]
+
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        if what == "train":
+            self.marks.append(time.process_time())
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        return tuple(after - before for before, after in pairwise(self.marks))
 
 
 def has_bfloat16(device: str) -> bool:
@@ -81,15 +102,17 @@ def ours_params(batch_size: int, device: str) -> TrainParams:
 def ours(work: Work, folder: Path, batch_size: int, device: str, observer: Observer | None = None) -> Trained:
     """`retuner.training`; packs as `work` plans them."""
     folder.mkdir(parents=True)
-    params = ours_params(batch_size, device)
+    params, clock = ours_params(batch_size, device), Clock()
+    listener = Tee(clock, observer or Silent())
     with (
         _peak(device) as peak,
-        learned(folder, work.chats, work.base, params, device, observer or Silent()) as result,
+        learned(folder, work.chats, work.base, params, device, listener) as result,
     ):
         entries = result.log.entries
         return Trained(
             tokens=tuple(int(entry["tokens"]) for entry in entries),
             seconds=tuple(entry["seconds"] for entry in entries),
+            processor_seconds=clock.seconds,
             losses=tuple(entry["loss"] for entry in entries),
             grad_norms=tuple(entry["grad_norm"] for entry in entries),
             peak_bytes=peak(),
@@ -153,6 +176,7 @@ def trl(work: Work, folder: Path, device: str, **settings: Any) -> Trained:
                 now = time.monotonic()
                 self.entries.append({**logs, "seconds": now - self.since})
                 self.since = now
+                clock.progress("train", state.global_step, state.max_steps)
 
     arguments = SFTConfig(
         output_dir=str(folder),
@@ -177,7 +201,7 @@ def trl(work: Work, folder: Path, device: str, **settings: Any) -> Trained:
         target_modules="all-linear",
         bias="none",
     )
-    watch = Watch()
+    watch, clock = Watch(), Clock()
     with quiet(), _peak(device) as peak:
         trainer = SFTTrainer(
             model=str(work.base.path), args=arguments, train_dataset=rows, peft_config=lora, callbacks=[watch]
@@ -190,6 +214,7 @@ def trl(work: Work, folder: Path, device: str, **settings: Any) -> Trained:
         trained = Trained(
             tokens=tuple(after - before for before, after in pairwise(seen)),
             seconds=tuple(entry["seconds"] for entry in watch.entries),
+            processor_seconds=clock.seconds,
             losses=tuple(float(entry["loss"]) for entry in watch.entries),
             grad_norms=tuple(float(entry["grad_norm"]) for entry in watch.entries),
             held_out_loss=held_out_loss(trainer.model, work),

@@ -1,7 +1,7 @@
 """What one layer of a base takes to train, measured on layers of its shape with random weights.
 
 A base repeats one layer, so a model of one layer and one of two tell what a layer costs; the real weights are not
-needed for it. Nothing of torch's generators is used up.
+needed for it. Uses torch's generators.
 """
 
 import time
@@ -37,8 +37,6 @@ def layer_cost(
     base: Path, lora: str, precision: str, attention: str, device: str, row_tokens: int, rows: int
 ) -> LayerCost:
     """`lora` is a LoraParams as JSON; of its layers and patterns nothing counts here. Rows lie end to end."""
-    import torch
-
     asked = LoraParams.model_validate_json(lora).model_copy(
         update={
             "layers": "all",
@@ -48,10 +46,9 @@ def layer_cost(
             "init": "default",
         }
     )
-    with torch.random.fork_rng(devices=[0] if device == "cuda" else []):
-        one, two = (
-            _measure(base, layers, asked, precision, attention, device, row_tokens, rows) for layers in (1, 2)
-        )
+    one, two = (
+        _measure(base, layers, asked, precision, attention, device, row_tokens, rows) for layers in (1, 2)
+    )
     tokens = row_tokens * rows
     # Noise can make two layers look cheaper than one; a layer costs at least a third of a model of one.
     saved, forward, both = (
@@ -65,7 +62,7 @@ def head_seconds(hidden: int, vocabulary: int, precision: str, device: str, toke
     import torch
 
     dtype = getattr(torch, precision)
-    states = torch.randn(tokens, hidden, dtype=dtype, device=device, requires_grad=True)
+    states = torch.full((tokens, hidden), 0.01, dtype=dtype, device=device, requires_grad=True)
     head = torch.full((vocabulary, hidden), 0.01, dtype=dtype, device=device)
     targets = torch.zeros(tokens, dtype=torch.int64, device=device)
 

@@ -17,7 +17,7 @@ from retuner.files import write_whole
 from retuner.fingerprint import fingerprint
 from retuner.layer_probe import head_seconds, layer_cost
 from retuner.lora import count_trainable, put_adapter_on
-from retuner.packing import count_rows, read_rows
+from retuner.packing import RowCounts, count_rows, read_rows
 from retuner.params import TrainParams
 from retuner.skeleton import empty_model, skeleton_of
 from retuner.targets import choose_targets
@@ -147,6 +147,13 @@ def make_plan(chats: Chats, base: Base, params: TrainParams, device: str, speeds
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     refuse_what_cannot_work(counts, params, device)
+    with torch.random.fork_rng(devices=[0] if device == "cuda" else []):
+        return _plan(counts, chats, base, params, device, speeds)
+
+
+def _plan(
+    counts: RowCounts, chats: Chats, base: Base, params: TrainParams, device: str, speeds: Path
+) -> Plan:
     model = empty_model(base.path)
     total, config = sum(weight.numel() for weight in model.parameters()), model.config
     skeleton = skeleton_of(model)

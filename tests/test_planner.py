@@ -122,7 +122,8 @@ def test_the_speed_of_an_earlier_run_is_the_next_plan(tmp_path):
     again = plan(folder, speeds, seed=5)
     assert again.speed_from == "an earlier run"
     assert again.tokens_per_second == told["outcome"]["tokens_per_second"]
-    assert again.seconds == pytest.approx(12 * first.tokens / 12 * 4 / again.tokens_per_second, rel=0.5)
+    # 12 steps of 2 x 2 sequences of one row: these chats do not say that they are packed.
+    assert again.seconds == pytest.approx(12 * 4 * first.tokens / first.rows / again.tokens_per_second)
     assert plan(folder, speeds, precision="bfloat16").speed_from == "a probe"
 
 
