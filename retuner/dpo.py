@@ -19,7 +19,7 @@ from retuner.files import sha256_file
 from retuner.generation import batches
 from retuner.lora import WEIGHTS
 from retuner.observe import Observer
-from retuner.packing import PAD_ID, RowCounts
+from retuner.packing import NO_LOSS, PAD_ID, RowCounts
 from retuner.params import DpoParams
 from retuner.ranks import Rank
 from retuner.row_trainer import lora_plus, trainer_arguments, watched
@@ -43,6 +43,7 @@ def train(
     start: Path | None = None,
 ) -> AdapterFacts:
     """As `retuner.training.train`."""
+    observer.say(f"train: the reference is {'the adapter that training begins as' if start else 'the base'}")
     recipe = training.Recipe(count_pairs, lay_out_pairs, pair_trainer, REWARDS)
     facts = training.train(out, work, chats, base, params, device, observer, start, recipe)
     reference = sha256_file(start / WEIGHTS) if start else None
@@ -116,14 +117,19 @@ def pair_trainer(
     trainer = watched(
         PairTrainer, arguments, collate, model, pairs, steps, staging, log, stopping, asked_to_stop
     )
-    # The copy of the adapter that TRL made to compute the reference with; checkpoints would carry it on.
+    # TRL's copy of the adapter to compute the reference with; checkpoints would carry it on.
     model.delete_adapter("ref")
     return trainer
 
 
 def _with_reference(trainer: Any, pairs: Any, batch_size: int, log: StepLog) -> Any:
-    """The pairs with the reference's log-probabilities of both answers, as TRL names the columns."""
+    """The pairs with the reference's log-probabilities of both answers, as TRL names the columns.
+
+    The reference is the model as it is before the first step, not TRL's copy of its adapter: that lacks what an adapter
+    of embeddings has learned.
+    """
     import numpy as np
+    import torch
 
     found = np.zeros((2, len(pairs)))
     trainer.model.eval()
@@ -131,8 +137,10 @@ def _with_reference(trainer: Any, pairs: Any, batch_size: int, log: StepLog) -> 
     for members in batches(_longer(*_lengths(pairs)).tolist(), batch_size):
         batch = trainer.data_collator([pairs[row] for row in members])
         batch = {name: value.to(trainer.accelerator.device) for name, value in batch.items()}
-        answers = trainer.compute_ref_log_probs(trainer.model, batch)
-        found[:, members] = [answer.float().cpu().numpy() for answer in answers]
+        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, NO_LOSS)
+        with torch.no_grad(), trainer.accelerator.autocast():
+            logs = trainer.model(**batch, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+        found[:, members] = logs.float().sum(dim=1).view(2, -1).cpu().numpy()
         done += len(members)
         log.observer.progress("reference", done, len(pairs), "log-probabilities of both answers")
     trainer.model.train()

@@ -51,6 +51,15 @@ def test_an_adapter_that_training_begins_as_is_the_reference(undisturbed, inputs
     assert again.sha256 != facts.sha256
 
 
+def test_an_adapter_of_embeddings_is_part_of_the_reference_too(inputs):
+    """Of a warm start TRL copies such an adapter in part only."""
+    lora = {"targets": ("qkv_proj", "embed_tokens"), "dropout": 0.0}
+    run(inputs, params(lora=lora), out="first", work="first-work")
+    heard = Heard()
+    run(inputs, params(log_every_steps=1, lora=lora), heard, start=inputs / "first")
+    assert heard.points[0][1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
 def test_the_reference_is_computed_without_dropout_and_as_the_evaluation_does(inputs, monkeypatch):
     from retuner import dpo
     from retuner.evaluation import row_losses
