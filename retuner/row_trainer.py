@@ -12,6 +12,7 @@ from retuner.packing import NO_LOSS, PAD_ID, collator, take_token_count
 from retuner.params import TrainParams
 from retuner.quantized import adapter_stays_float32
 from retuner.ranks import ALONE, EvenOrder, Rank, count_blanks, forward_is, share, summed, with_blank
+from retuner.sharded import SETTINGS, sharding
 from retuner.step_log import StepLog
 from retuner.stopping import Stopping
 
@@ -46,12 +47,11 @@ def row_trainer(
     ours = (
         device == "cpu" or params.label_smoothing > 0 or _learns(model.get_output_embeddings()) or rank.of > 1
     )
-    per_device, accumulation = share(params, rank.of)
-    order = EvenOrder(len(sequences), params.seed, per_device * rank.of)
+    order = EvenOrder(len(sequences), params.seed, share(params, rank.of)[0] * rank.of)
     if rank.of > 1:
         sequences = with_blank(sequences)
 
-    class RowTrainer(SFTTrainer):
+    class RowTrainer(sharding(SFTTrainer) if rank.strategy == "fsdp" else SFTTrainer):  # type: ignore[misc]
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             log.tokens += take_token_count(inputs)
             if rank.of > 1:
@@ -145,7 +145,7 @@ def row_trainer(
     with adapter_stays_float32(model):
         trainer = RowTrainer(
             model=model,
-            args=_arguments(params, steps, device, staging, per_device, accumulation),
+            args=_arguments(params, steps, device, staging, rank),
             train_dataset=sequences,
             data_collator=collator(packed, params.attention),
             processing_class=stub,
@@ -159,11 +159,10 @@ def row_trainer(
     return trainer
 
 
-def _arguments(
-    params: TrainParams, steps: int, device: str, staging: Path, per_device: int, accumulation: int
-) -> Any:
+def _arguments(params: TrainParams, steps: int, device: str, staging: Path, rank: Rank) -> Any:
     from trl import SFTConfig
 
+    per_device, accumulation = share(params, rank.of)
     arguments = SFTConfig(
         output_dir=str(staging),
         seed=params.seed,
@@ -173,6 +172,8 @@ def _arguments(
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
         ddp_find_unused_parameters=False,
+        fsdp=True if rank.strategy == "fsdp" else None,
+        fsdp_config=dict(SETTINGS) if rank.strategy == "fsdp" else None,
         learning_rate=params.learning_rate,
         lr_scheduler_type=params.schedule,
         warmup_steps=math.ceil(steps * params.warmup_fraction),

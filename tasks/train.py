@@ -1,8 +1,10 @@
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from retuner import launch, registry, training
 from retuner.artifacts import AdapterFacts, Base, Chats
+from retuner.checkpoint_sharing import CheckpointSharing
 from retuner.metric_stream import MetricStream
 from retuner.observe import Tee
 from retuner.params import TrainParams
@@ -33,10 +35,13 @@ def train(run: RunContext, chats: Chats, base: Base, params: TrainParams) -> Ste
             run.observer.say(f"train: learning on from {start.model_name} version {start.version}")
         elif params.warm_start == "production":
             run.observer.say("train: nothing is in production to learn on from; the adapter begins at zero")
-        with MetricStream(run.mlflow_run(work.name), run.observer.say) as stream:
+        with ExitStack() as open_:
+            stream = open_.enter_context(MetricStream(run.mlflow_run(work.name), run.observer.say))
+            if run.store.shared:
+                open_.enter_context(CheckpointSharing(run.store.shared, work, run.observer.say))
             asked = (out, work, chats, base, params, run.runtime.device, Tee(run.observer, stream), folder)
             if run.runtime.processes > 1:
-                return launch.train_in_processes(*asked, run.runtime.processes)
+                return launch.train_in_processes(*asked, run.runtime.processes, run.runtime.strategy)
             return training.train(*asked)
 
     extra = ("bitsandbytes",) if needs_bitsandbytes(params) else ()
