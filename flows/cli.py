@@ -36,6 +36,7 @@ def options(
     home: Annotated[Path | None, typer.Option(help="Where everything a run leaves lies.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     processes: Annotated[str | None, typer.Option(help="How many train together, one for each GPU.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="Of several processes: ddp or fsdp.")] = None,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow's; SQLite under --home if unset.")] = None,
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
 ) -> None:
@@ -43,6 +44,7 @@ def options(
         "HOME": home,
         "DEVICE": device,
         "PROCESSES": processes,
+        "STRATEGY": strategy,
         "TRACKING_URI": tracking_uri,
         "LOG_LEVEL": log_level,
     }.items():

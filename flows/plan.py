@@ -21,7 +21,9 @@ def plan_training(
     run = open_context(load(params, overrides), runtime, observer)
     if run.params.train.recipe != "sft":
         raise Refused(
-            f"train.recipe is {run.params.train.recipe}", "a plan is made for sft", "run it: it says its speed"
+            f"train.recipe is {run.params.train.recipe}",
+            "a plan is made for sft",
+            "run it: it says its speed",
         )
     base, _ = carry_out(run, fetch_base(run, run.params.base))
     splits, _ = carry_out(run, prepare(run, run.dataset, run.params.prepare))

@@ -91,6 +91,24 @@ def sealed(work: Path, step: int) -> Path:
     return work / "sealed" / f"step-{step}"
 
 
+def steps(work: Path) -> list[int]:
+    """Of which there is a sealed checkpoint, newest first."""
+    return [step_of(checkpoint.name) for checkpoint in _newest_first(work)]
+
+
+def step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def why_broken(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, None when every byte of it is what its manifest says."""
+    try:
+        _check(checkpoint)
+    except Broken as reason:
+        return str(reason)
+    return None
+
+
 def processes(checkpoint: Path) -> int:
     """How many trained together when it was made."""
     return len(list(checkpoint.glob("rng_state*.pth")))
@@ -116,7 +134,7 @@ def _newest_first(work: Path) -> list[Path]:
 
 
 def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    return step_of(checkpoint.name)
 
 
 def _check(checkpoint: Path) -> None:

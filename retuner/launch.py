@@ -19,8 +19,11 @@ from typing import IO
 from retuner.artifacts import AdapterFacts, Base, Chats
 from retuner.errors import Refused, RetunerError, Unavailable
 from retuner.observe import Observer
-from retuner.params import TrainParams
+from retuner.params import SftParams
 from retuner.ranks import share
+from retuner.sharded import refuse_what_cannot_be_sharded
+from retuner.skeleton import read_skeleton
+from retuner.targets import choose_targets
 from retuner.termination import sigterm_held_back
 
 STOP = b"stop\n"
@@ -33,17 +36,20 @@ def train_in_processes(
     work: Path,
     chats: Chats,
     base: Base,
-    params: TrainParams,
+    params: SftParams,
     device: str,
     observer: Observer,
     start: Path | None,
     processes: int,
+    strategy: str,
 ) -> AdapterFacts:
     """As `retuner.training.train`: the same sequences a step, so the same adapter but for how floats are added up.
 
     Errors: also Refused or Unavailable when the work cannot be shared out; RetunerError when a process dies.
     """
     device = _refuse_what_cannot_be_shared(params, device, processes)
+    if strategy == "fsdp":
+        refuse_what_cannot_be_sharded(params, choose_targets(params.lora, read_skeleton(base.path)))
     asked = {
         "out": str(out),
         "work": str(work),
@@ -52,6 +58,7 @@ def train_in_processes(
         "params": params.model_dump(mode="json"),
         "device": device,
         "start": str(start) if start else None,
+        "strategy": strategy,
     }
     (work / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
     log = work / "processes.log"
@@ -86,7 +93,7 @@ def train_in_processes(
     return facts
 
 
-def _refuse_what_cannot_be_shared(params: TrainParams, device: str, processes: int) -> str:
+def _refuse_what_cannot_be_shared(params: SftParams, device: str, processes: int) -> str:
     """`cpu` or `cuda`."""
     import torch
 

@@ -63,12 +63,13 @@ def _follow_parent(rank: Rank) -> NoReturn:
 
 
 if __name__ == "__main__":
-    here = Rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    wanted = json.loads(Path(sys.argv[1]).read_bytes())
+    here = Rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), wanted["strategy"])
     told = Channel(os.dup(1))
     os.dup2(2, 1)  # Whatever a library prints goes to the log.
     threading.Thread(target=_follow_parent, args=(here,), daemon=True).start()
     try:
-        main(json.loads(Path(sys.argv[1]).read_bytes()), here, told)
+        main(wanted, here, told)
     except RetunerError as error:
         with suppress(OSError):
             told.send(

@@ -20,6 +20,7 @@ class Rank:
 
     number: int = 0
     of: int = 1
+    strategy: str = "ddp"
 
     @property
     def leads(self) -> bool:

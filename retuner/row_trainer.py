@@ -12,6 +12,7 @@ from retuner.packing import NO_LOSS, PAD_ID, collator, take_token_count
 from retuner.params import SftParams, TrainParams
 from retuner.quantized import adapter_stays_float32
 from retuner.ranks import ALONE, EvenOrder, Rank, forward_is, share, summed, with_blank
+from retuner.sharded import SETTINGS, sharding
 from retuner.step_log import StepLog
 from retuner.stopping import Stopping
 
@@ -49,7 +50,7 @@ def row_trainer(
         order = EvenOrder(len(sequences), params.seed, share(params, rank.of)[0] * rank.of)
         sequences = with_blank(sequences)
 
-    class RowTrainer(SFTTrainer):
+    class RowTrainer(sharding(SFTTrainer) if rank.strategy == "fsdp" else SFTTrainer):  # type: ignore[misc]
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             log.tokens += take_token_count(inputs)
             if noise:
@@ -209,6 +210,8 @@ def trainer_arguments(
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
         ddp_find_unused_parameters=False,
+        fsdp=True if rank.strategy == "fsdp" else None,
+        fsdp_config=dict(SETTINGS) if rank.strategy == "fsdp" else None,
         learning_rate=params.learning_rate,
         lr_scheduler_type=params.schedule,
         warmup_steps=math.ceil(steps * params.warmup_fraction),

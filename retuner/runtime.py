@@ -26,6 +26,7 @@ QUIET = {
 }
 
 DEVICES = ("auto", "cpu", "cuda")
+STRATEGIES = ("ddp", "fsdp")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -41,6 +42,8 @@ class Runtime:
     device: str = field(default_factory=_setting("DEVICE", "auto"))
     processes: int = field(default_factory=_setting("PROCESSES", "1"))
     """That train together on this machine: one for each GPU, or on a CPU as many as there are cores for."""
+    strategy: str = field(default_factory=_setting("STRATEGY", "ddp"))
+    """Of several processes: each has the whole base (ddp), or a part of it (fsdp), for one that fits no GPU."""
     tracking_uri: str | None = field(default_factory=_setting("TRACKING_URI"))
     """MLflow's; SQLite under `home` when not given. MLFLOW_TRACKING_URI is honoured too."""
     store_remote: str | None = field(default_factory=_setting("STORE_REMOTE"))
@@ -54,7 +57,7 @@ class Runtime:
         if not str(self.processes).isdecimal() or not int(self.processes):
             raise Refused(f"RETUNER_PROCESSES or --processes is {self.processes!r}", "a whole number above 0")
         object.__setattr__(self, "processes", int(self.processes))
-        for name, accepted in (("device", DEVICES), ("log_level", LOG_LEVELS)):
+        for name, accepted in (("device", DEVICES), ("strategy", STRATEGIES), ("log_level", LOG_LEVELS)):
             value = getattr(self, name)
             if value not in accepted:
                 raise Refused(

@@ -1,13 +1,15 @@
 """Results that several machines share, as files at any fsspec URL (`s3://bucket/retuner`, `file:///srv/share`).
 
 `URL/<fingerprint>/` holds the files and, written last, manifest.json: a result exists when its manifest does. Nothing
-that comes from there is used before every byte of it was verified, which is the local store's work.
+that comes from there is used before every byte of it was verified, which is the local store's work. What a training
+needs to go on elsewhere lies in `URL/work/<fingerprint>/`, see `retuner.checkpoint_sharing`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 MANIFEST = "manifest.json"
+
+
+def work_of(fingerprint: str) -> str:
+    return f"work/{fingerprint}"
 
 
 class SharedStore:
@@ -59,6 +65,27 @@ class SharedStore:
                 files.put_file(str(path), target)
         except Exception as error:  # noqa: BLE001 - each file system has its own
             say(f"not shared: {self.url} cannot be written ({type(error).__name__}: {error})")
+
+    def names(self, place: str) -> list[str]:
+        """Of what lies below a place there. Errors: Unavailable when it cannot be reached."""
+        files, root = self._open()
+        try:
+            files.invalidate_cache()
+            found = files.ls(f"{root}/{place}", detail=False)
+        except FileNotFoundError:
+            return []
+        except Exception as error:
+            raise self._unavailable(error) from error
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
+
+    def drop(self, name: str) -> None:
+        """Remove what is no longer needed, if that can be done; its manifest first, so that no half of it is used."""
+        with suppress(Exception):  # each file system has its own, and what stays does no harm
+            files, root = self._open()
+            place = f"{root}/{name}"
+            if files.exists(f"{place}/{MANIFEST}"):
+                files.rm_file(f"{place}/{MANIFEST}")
+            files.rm(place, recursive=True)
 
     def _open(self) -> tuple[Any, str]:
         if self._opened is None:

@@ -2,7 +2,7 @@
 
     objects/<fingerprint>/         the files of one result and its manifest.json; never changed
     drafts/<fingerprint>-*/        being written; removed when their writer is gone
-    work/<fingerprint>/            what a stage keeps across a kill (checkpoints)
+    work/<fingerprint>/            what a stage keeps across a kill (checkpoints, see `retuner.checkpoint_sharing`)
     locks/<fingerprint>            held, by the kernel's lock, while one process computes
     quarantine/                    results whose bytes no longer are what their manifest says
     seen/<fingerprint>.json        size, times and inode of large files when they were last hashed
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from retuner.errors import Refused, Unavailable
 from retuner.files import disk_full_said, fsync_folder, fsync_tree, sha256_file, write_whole
 from retuner.fingerprint import fingerprint, spell
-from retuner.shared_store import SharedStore
+from retuner.shared_store import SharedStore, work_of
 
 if TYPE_CHECKING:  # pydantic is not needed to check a stored result
     from retuner.artifacts import Artifact, Facts
@@ -113,6 +113,7 @@ class Store:
         self._note_seen(name, manifest)
         if self.shared:
             self.shared.send(name, self.folder(name), self.say)
+            self.shared.drop(work_of(name))
         return self._artifact(stage, name, manifest, facts)
 
     def accept(self, stage: str, identity: dict[str, Any], because: str) -> str:

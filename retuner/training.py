@@ -40,6 +40,7 @@ from retuner.quantized import bits_and_bytes, keep_differentiable
 from retuner.ranks import ALONE, Rank, agreed
 from retuner.row_attention import ROW_ATTENTION, attend_by_row
 from retuner.row_trainer import row_trainer
+from retuner.sharded import is_sharded
 from retuner.skeleton import read_skeleton
 from retuner.step_log import StepLog
 from retuner.stopping import HELD_OUT_LOSS, Stopping, needed_by
@@ -91,7 +92,7 @@ class Learned:
     stopping: Stopping | None
     resumed: Path | None
     packing_fill: float
-    processes: int
+    rank: Rank
 
 
 def train(
@@ -237,7 +238,7 @@ def _learn(
         stopping=stopping,
         resumed=resumed,
         packing_fill=fill,
-        processes=rank.of,
+        rank=rank,
     )
 
 
@@ -281,10 +282,12 @@ def _effective(result: Learned, params: TrainParams) -> dict[str, str]:
         "requested_use_cache": "False",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "threads": str(torch.get_num_threads()),
-        "processes": str(result.processes),
+        "processes": str(result.rank.of),
     }
     if config._attn_implementation == ROW_ATTENTION:
         told["packed_rows"] = "end to end, each attended by itself"
+    if result.rank.of > 1:
+        told["strategy"] = "fsdp" if is_sharded(result.model) else "ddp"
     if packed := getattr(config, "quantization_config", None):
         told["quantization"] = (
             f"{packed.bnb_4bit_quant_type}{', double' if packed.bnb_4bit_use_double_quant else ''}, computes in "

@@ -1,19 +1,21 @@
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from retuner import dpo, launch, planner, registry, training
 from retuner.artifacts import AdapterFacts, Base, Chats
+from retuner.checkpoint_sharing import CheckpointSharing
 from retuner.errors import Refused
 from retuner.metric_stream import MetricStream
 from retuner.observe import Tee
-from retuner.params import DpoParams, SftParams, TrainParams
+from retuner.params import DpoParams, SftParams
 from retuner.quantized import needs_bitsandbytes, require_bitsandbytes
 from retuner.warm_start import production_start, train_request
 from tasks.context import RunContext
 from tasks.step import Step
 
 
-def train(run: RunContext, chats: Chats, base: Base, params: TrainParams) -> Step[AdapterFacts]:
+def train(run: RunContext, chats: Chats, base: Base, params: SftParams | DpoParams) -> Step[AdapterFacts]:
     """A LoRA adapter; step metrics go to MLflow while it learns."""
     require_bitsandbytes(params)
     spelled = params.model_dump(mode="json")
@@ -40,22 +42,26 @@ def train(run: RunContext, chats: Chats, base: Base, params: TrainParams) -> Ste
                 "one process: preference pairs are not shared out",
                 "unset RETUNER_PROCESSES, or leave out --processes",
             )
-        planned = isinstance(params, SftParams) and run.runtime.processes == 1
+        plan = None
         speeds = run.runtime.home / planner.SPEEDS
-        if planned:
+        if isinstance(params, SftParams) and run.runtime.processes == 1:
             plan = planner.make_plan(chats, base, params, run.runtime.device, speeds)
             run.observer.say(f"train: expecting {plan.summary()}")
             plan.refuse_what_cannot_fit()
-        with MetricStream(run.mlflow_run(work.name), run.observer.say) as stream:
+        with ExitStack() as open_:
+            stream = open_.enter_context(MetricStream(run.mlflow_run(work.name), run.observer.say))
+            if run.store.shared:
+                open_.enter_context(CheckpointSharing(run.store.shared, work, run.observer.say))
             asked = (run.runtime.device, Tee(run.observer, stream), folder)
             if isinstance(params, DpoParams):
                 return dpo.train(out, work, chats, base, params, *asked)
             if run.runtime.processes > 1:
                 return launch.train_in_processes(
-                    out, work, chats, base, params, *asked, run.runtime.processes
+                    out, work, chats, base, params, *asked, run.runtime.processes, run.runtime.strategy
                 )
             facts = training.train(out, work, chats, base, params, *asked)
-        planner.record_outcome(out / "aside", plan, speeds)
+        if plan:
+            planner.record_outcome(out / "aside", plan, speeds)
         return facts
 
     extra = ("bitsandbytes",) if needs_bitsandbytes(params) else ()

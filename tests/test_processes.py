@@ -10,6 +10,8 @@ import time
 import psutil
 import pytest
 from projects import ROOT
+from safetensors.torch import load_file
+from torch.testing import assert_close
 from training_job import Heard, base_of, chats_of, make_inputs, params, run
 
 from retuner.errors import Refused, RetunerError, Unavailable
@@ -19,6 +21,7 @@ from retuner.ranks import EvenOrder, share
 from retuner.runtime import Runtime
 
 STEPS, TOLERANCE = 20, 1e-4
+both = pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 
 
 def asked(**changed):
@@ -27,11 +30,13 @@ def asked(**changed):
     return params({"dropout": 0.0}, **{**chosen, **changed})
 
 
-def together(folder, wanted, observer=None, out="out", work="work", processes=2, device="cpu"):
+def together(
+    folder, wanted, observer=None, out="out", work="work", processes=2, device="cpu", strategy="ddp"
+):
     (folder / out).mkdir()
     (folder / work).mkdir(exist_ok=True)
     places = folder / out, folder / work, chats_of(folder), base_of(folder)
-    return train_in_processes(*places, wanted, device, observer or Heard(), None, processes)
+    return train_in_processes(*places, wanted, device, observer or Heard(), None, processes, strategy)
 
 
 def curve(heard):
@@ -83,25 +88,32 @@ def tokens_a_step(folder):
 # --- the same training
 
 
-def test_two_processes_learn_what_one_does(alone, tmp_path):
-    from safetensors.torch import load_file
-    from torch.testing import assert_close
-
-    folder, heard = make_inputs(tmp_path), Heard()
-    facts = together(folder, asked(), heard)
+def check_two_learn_what_one_does(alone, folder, strategy):
+    heard = Heard()
+    facts = together(make_inputs(folder), asked(), heard, strategy=strategy)
     assert_same_curve(curve(heard), curve(alone[1]))
     assert heard.steps == list(range(1, STEPS + 1))
     assert heard.lines == alone[1].lines
     learned = [load_file(place / "out" / WEIGHTS) for place in (folder, alone[0])]
     assert_close(*learned, atol=TOLERANCE, rtol=0)
-    assert facts.effective["processes"] == "2"
     assert tokens_a_step(folder) == tokens_a_step(alone[0])
+    # What it came to, not what was asked: accelerate's own FSDP on a CPU is DDP.
+    assert (facts.effective["processes"], facts.effective["strategy"]) == ("2", strategy)
 
 
-def test_a_killed_rank_ends_the_training_and_one_process_can_go_on(alone, tmp_path):
-    folder, heard = make_inputs(tmp_path), Interrupting(4, signal.SIGKILL, rank=1)
+def test_two_processes_learn_what_one_does(alone, tmp_path):
+    check_two_learn_what_one_does(alone, tmp_path, "ddp")
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_the_base_each_learn_what_one_does(alone, tmp_path):
+    check_two_learn_what_one_does(alone, tmp_path, "fsdp")
+
+
+def check_one_goes_on_where_two_died(alone, folder, strategy):
+    heard = Interrupting(4, signal.SIGKILL, rank=1)
     with pytest.raises(RetunerError, match="2 processes that trained together died") as error:
-        together(folder, asked(), heard, out="died")
+        together(make_inputs(folder), asked(), heard, out="died", strategy=strategy)
     assert "SIGKILL" in str(error.value)
     assert heard.steps[-1] < STEPS
     assert ranks() == {}
@@ -111,13 +123,23 @@ def test_a_killed_rank_ends_the_training_and_one_process_can_go_on(alone, tmp_pa
     assert_same_curve({**curve(heard), **curve(again)}, curve(alone[1]))
 
 
+def test_a_killed_rank_ends_the_training_and_one_process_can_go_on(alone, tmp_path):
+    check_one_goes_on_where_two_died(alone, tmp_path, "ddp")
+
+
 @pytest.mark.slow
-def test_what_one_process_began_two_can_finish(alone, tmp_path):
+def test_one_process_can_go_on_from_a_checkpoint_of_a_base_in_parts(alone, tmp_path):
+    check_one_goes_on_where_two_died(alone, tmp_path, "fsdp")
+
+
+@pytest.mark.slow
+@both
+def test_what_one_process_began_two_can_finish(alone, tmp_path, strategy):
     folder, heard = make_inputs(tmp_path), Heard(die_after=7)
     with pytest.raises(KeyboardInterrupt):
         run(folder, asked(), heard, out="died")
     again = Heard()
-    together(folder, asked(), again)
+    together(folder, asked(), again, strategy=strategy)
     assert any("going on after step-6 of 20, which 1 made; from here 2 train" in line for line in again.lines)
     assert again.steps == list(range(7, STEPS + 1))
     assert_same_curve({**curve(heard), **curve(again)}, curve(alone[1]))
@@ -130,23 +152,28 @@ NOISY = params(noise_alpha=5.0, max_steps=30, batch_size=5)
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Two processes, with dropout and noise."""
-    return together(make_inputs(tmp_path_factory.mktemp("undisturbed")), NOISY)
+    """Strategy to what two processes end in, with dropout and noise."""
+    return {
+        strategy: together(make_inputs(tmp_path_factory.mktemp(strategy)), NOISY, strategy=strategy).sha256
+        for strategy in ("ddp", "fsdp")
+    }
 
 
 @pytest.mark.slow
+@both
 @pytest.mark.parametrize("rank", [0, 1])
-def test_after_the_kill_of_a_rank_two_processes_end_in_the_same_bytes(undisturbed, tmp_path, rank):
+def test_after_the_kill_of_a_rank_two_processes_end_in_the_same_bytes(undisturbed, tmp_path, rank, strategy):
     folder = make_inputs(tmp_path)
     with pytest.raises(RetunerError):
-        together(folder, NOISY, Interrupting(9, signal.SIGKILL, rank), out="died")
+        together(folder, NOISY, Interrupting(9, signal.SIGKILL, rank), out="died", strategy=strategy)
     heard = Heard()
-    assert together(folder, NOISY, heard).sha256 == undisturbed.sha256
+    assert together(folder, NOISY, heard, strategy=strategy).sha256 == undisturbed[strategy]
     assert any("going on after step-" in line and "made" not in line for line in heard.lines)
 
 
 @pytest.mark.slow
-def test_sigterm_lets_all_ranks_finish_their_step(undisturbed, tmp_path):
+@both
+def test_sigterm_lets_all_ranks_finish_their_step(undisturbed, tmp_path, strategy):
     class Ended(Exception):
         pass
 
@@ -157,15 +184,36 @@ def test_sigterm_lets_all_ranks_finish_their_step(undisturbed, tmp_path):
     before = signal.signal(signal.SIGTERM, end)
     try:
         with pytest.raises(Ended):
-            together(folder, NOISY, heard, out="terminated")
+            together(folder, NOISY, heard, out="terminated", strategy=strategy)
     finally:
         signal.signal(signal.SIGTERM, before)
     step = heard.steps[-1]
     assert 9 < step < 30
     assert heard.lines[-1] == f"train: stopped by SIGTERM after step {step} of 30; run again to go on"
     again = Heard()
-    assert together(folder, NOISY, again).sha256 == undisturbed.sha256
+    assert together(folder, NOISY, again, strategy=strategy).sha256 == undisturbed[strategy]
     assert again.steps[0] == step + 1
+
+
+@pytest.mark.slow
+@both
+def test_two_processes_learn_in_bfloat16(tmp_path, strategy):
+    heard = Heard()
+    together(make_inputs(tmp_path), asked(precision="bfloat16"), heard, strategy=strategy)
+    losses = [values["loss"] for _, values in heard.points]
+    assert losses[-1] < losses[0] - 0.5
+    learned = load_file(tmp_path / "out" / WEIGHTS)
+    assert {str(weight.dtype) for weight in learned.values()} == {"torch.float32"}
+
+
+@pytest.mark.slow
+def test_two_processes_stop_early_where_one_does(tmp_path):
+    early = {"every_steps": 2, "patience": 2, "min_improvement": 0.0}
+    wanted = asked(max_steps=40, schedule="constant", warmup_fraction=0.0, stop_early=early)
+    one, two = make_inputs(tmp_path / "one"), make_inputs(tmp_path / "two")
+    expected, found = run(one, wanted), together(two, wanted)
+    assert found.trained_steps == expected.trained_steps < 40
+    assert found.effective["chosen"] == expected.effective["chosen"]
 
 
 @pytest.mark.slow
@@ -245,3 +293,18 @@ def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, processes):
     monkeypatch.setenv("RETUNER_PROCESSES", processes)
     with pytest.raises(Refused, match="RETUNER_PROCESSES"):
         Runtime()
+
+
+@pytest.mark.parametrize(
+    "changed,told",
+    [
+        ({"stop_early": {"every_steps": 2, "patience": 2, "min_improvement": 0.0}}, "train.stop_early"),
+        ({"lora": {"init": "pissa"}}, "train.lora.init pissa"),
+        ({"lora": {"modules_to_save": ("norm",)}}, "train.lora.modules_to_save"),
+        ({"lora": {"targets": ("q_proj",)}}, "parts of fused layers"),
+    ],
+)
+def test_what_does_not_go_with_a_base_in_parts_is_refused(tmp_path, changed, told):
+    with pytest.raises(Refused, match=told) as refusal:
+        together(make_inputs(tmp_path), params(**changed), strategy="fsdp")
+    assert "ddp" in str(refusal.value)
