@@ -42,6 +42,10 @@ def main(asked: dict[str, Any], rank: Rank, channel: Channel) -> None:
     observer: Observer = channel if rank.leads else Silent()
     params, base = SftParams.model_validate_json(json.dumps(asked["params"])), Base(**asked["base"])
     start = Path(asked["start"]) if asked["start"] else None
+    if asked["device"] == "cuda":
+        import torch
+
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # So that `cuda` is one's own.
     inputs = (Path(asked["work"]), Chats(**asked["chats"]), base, params, asked["device"])
     with learned(*inputs, observer, start, rank=rank) as result:
         if rank.leads:

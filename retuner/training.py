@@ -195,8 +195,10 @@ def _learn(
     if isinstance(params, SftParams) and params.stop_early:
         stopping = Stopping(params.stop_early, chats.path / "held_out.arrow", steps, observer)
     bits = bits_and_bytes(params.quantization, params.precision) if params.quantization else None
+    # What is cut into parts is never whole on a GPU.
+    place = "cpu" if rank.strategy == "fsdp" else device
     model = load_model(
-        base.path, params.precision, params.attention, device, use_cache=False, quantization=bits
+        base.path, params.precision, params.attention, place, use_cache=False, quantization=bits
     )
     keep_differentiable(model)
     if packed and params.attention == "sdpa":

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from projects import make_project, retrain
+from projects import make_project
 from training_job import STEPS, Heard, make_inputs, run
 
 from flows.pipeline import pipeline
@@ -61,15 +61,15 @@ def flip(file):
     file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
 
 
-@pytest.mark.parametrize("harm", [cut, flip, os.unlink])
-@pytest.mark.parametrize("name", ["optimizer.pt", "manifest.json"])
+@pytest.mark.parametrize(
+    "name,harm", [("optimizer.pt", cut), ("rng_state.pth", os.unlink), ("manifest.json", flip)]
+)
 def test_a_damaged_copy_is_not_used_and_the_one_before_it_is(begun, undisturbed, tmp_path, url, name, harm):
     harm(begun / "step-8" / name)
     heard = Heard()
     facts = train_shared(make_inputs(tmp_path / "second"), url, heard)
     assert any("going on after step-6" in line for line in heard.lines)
-    if (name, harm) != ("manifest.json", os.unlink):  # Without a manifest there is no checkpoint.
-        assert any("step-8" in line and "not used" in line for line in heard.lines)
+    assert any("step-8" in line and "not used" in line for line in heard.lines)
     assert facts.sha256 == undisturbed.sha256
 
 
@@ -115,10 +115,6 @@ def test_a_run_goes_on_on_another_machine_and_leaves_no_checkpoint_behind(tmp_pa
     assert len(list((tmp_path / "srv" / "work").glob("*/step-2"))) == 1
     shutil.rmtree(tmp_path / "first")
     second = Dying()
-    done = pipeline_on(tmp_path / "second", url, second)
+    pipeline_on(tmp_path / "second", url, second)
     assert any("going on after step-2 of 4" in line for line in second.lines)
     assert list((tmp_path / "srv" / "work").glob("*/*")) == []
-    alone = retrain(home=tmp_path / "third")
-    train = next(record.fingerprint for record in done.records if record.name == "train")
-    digests = [context.store.manifest(train)["digest"] for context in (done, alone)]
-    assert digests[0] == digests[1]

@@ -1,6 +1,7 @@
 """A run that gets SIGTERM while it trains leaves nothing open, says how it goes on, and does."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -70,12 +71,11 @@ def test_no_run_stays_open_and_nothing_is_registered(ended, prefect_api):
     assert [run.info.status for run in runs] == ["KILLED"]
     assert client.search_model_versions("name = 'smoke'") == []
     asked = {"sort": "START_TIME_DESC", "limit": 1}
-    token = httpx.get(f"{prefect_api}/csrf-token", params={"client": "tests"}).json()["token"]
-    headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "tests"}
-    newest = httpx.post(f"{prefect_api}/flow_runs/filter", json=asked, headers=headers).json()[0]
+    (newest,) = post(prefect_api, "flow_runs/filter", asked)
     assert newest["state_type"] == "CRASHED"
 
 
+@pytest.mark.slow
 def test_run_again_it_goes_on_from_that_step(ended, prefect_api):
     project, home, _ = ended
     (checkpoint,) = (home / "store" / "work").glob("*/sealed/step-*")
@@ -85,3 +85,53 @@ def test_run_again_it_goes_on_from_that_step(ended, prefect_api):
     client = tracking.mlflow_client(Runtime(home=home))
     runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert [run.info.status for run in runs] == ["FINISHED"]
+
+
+@pytest.mark.slow
+def test_a_run_that_prefect_cancels_seals_its_step_and_is_cancelled(prefect_api, tmp_path):
+    """Prefect's runner sends SIGTERM, waits half a minute, and then says how the run ended."""
+    project, home = make_project(tmp_path / "project"), tmp_path / "home"
+    wanted = command("--cron", "0 3 1 1 *")
+    wanted = ["schedule", *(each for each in wanted[1:] if each != "--json")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *wanted],
+        cwd=project,
+        env=environment(home, PREFECT_API_URL=prefect_api),
+        start_new_session=True,
+    )
+    try:
+        deployment = wait_for(
+            lambda: httpx.get(f"{prefect_api}/deployments/name/retrain/params").json().get("id")
+        )
+        run = post(prefect_api, f"deployments/{deployment}/create_flow_run", {})["id"]
+        wait_for_training(process, home)
+        post(prefect_api, f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+        # Until the runner says so it counts as crashed, which is how it looks from within.
+        wait_for(lambda: state_of(prefect_api, run) == "CANCELLED")
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+    (checkpoint,) = (home / "store" / "work").glob("*/sealed/step-*")
+    assert 0 < int(checkpoint.name.removeprefix("step-")) < STEPS // 2
+    client = tracking.mlflow_client(Runtime(home=home))
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert [each.info.status for each in runs] == ["KILLED"]
+
+
+def post(api, path, asked):
+    token = httpx.get(f"{api}/csrf-token", params={"client": "tests"}).json()["token"]
+    headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "tests"}
+    return httpx.post(f"{api}/{path}", json=asked, headers=headers).raise_for_status().json()
+
+
+def state_of(api, run):
+    return httpx.get(f"{api}/flow_runs/{run}").json()["state_type"]
+
+
+def wait_for(ask, seconds=150):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if answer := ask():
+            return answer
+        time.sleep(0.5)
+    raise AssertionError(f"nothing within {seconds} s")
