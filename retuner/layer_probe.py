@@ -120,6 +120,8 @@ def _small_model(
 
     config = AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
     config.num_hidden_layers = layers
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = kinds[:layers]
     config.vocab_size = VOCABULARY
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     small = AutoModelForCausalLM.from_config(

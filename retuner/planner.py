@@ -217,7 +217,8 @@ def _plan(
         adapter_bytes=trainable * (8 + OPTIMIZER_BYTES.get(params.optimizer, 8)),
         activation_bytes=round(activations[params.gradient_checkpointing]),
         other_activation_bytes=round(activations[not params.gradient_checkpointing]),
-        logit_bytes=round(batch_tokens * share * vocabulary * LOGIT_BYTES),
+        # On a GPU TRL's head makes them in small parts.
+        logit_bytes=round(batch_tokens * share * vocabulary * LOGIT_BYTES) if device == "cpu" else 0,
         process_bytes=_held(device),
         memory_bytes=_memory(device),
         gradient_checkpointing=params.gradient_checkpointing,
