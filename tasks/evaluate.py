@@ -55,6 +55,7 @@ def evaluate(
             "chats": chats.digest,
             "base": base.digest,
             "production": incumbent.adapter_sha256 if incumbent else None,
+            **({"preference": preference.model_dump(mode="json")} if preference else {}),
         },
         uses=(adapter, chats, base),
         facts=ReportFacts,
