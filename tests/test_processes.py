@@ -25,8 +25,9 @@ both = pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 
 
 def asked(**changed):
-    """Ten sequences a step, of which an epoch's last one has two."""
-    chosen = {"max_steps": STEPS, "log_every_steps": 1, "batch_size": 5, "checkpoint_every_steps": 3}
+    """Ten sequences at a time, five for each of two processes; the last step of an epoch has two."""
+    sizes = {"max_steps": STEPS, "batch_size": 10, "gradient_accumulation": 1}
+    chosen = {**sizes, "log_every_steps": 1, "checkpoint_every_steps": 3}
     return params({"dropout": 0.0}, **{**chosen, **changed})
 
 
