@@ -29,10 +29,12 @@ def attend_by_row(model: Any) -> bool:
 
 
 def padding_mask(*, attention_mask: Any, **about: Any) -> Any:
-    """sdpa's mask where there is padding; rows that lie end to end need none."""
+    """sdpa's mask for rows that come with one, whether or not there is padding; rows that lie end to end need none."""
     from transformers.masking_utils import sdpa_mask
 
-    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **about)
+    if attention_mask is None:
+        return None
+    return sdpa_mask(attention_mask=attention_mask, **{**about, "allow_is_causal_skip": False})
 
 
 def attend(

@@ -213,12 +213,22 @@ def _client_of(uri: str) -> MlflowClient:
 
 def make_database(path: Path) -> None:
     """MLflow's SQLite file, whole, where there is none. MLflow itself makes it table by table, and one that was killed
-    half-way would never open again."""
+    half-way would never open again.
+
+    Errors: Unavailable when nothing can be made there.
+    """
     from filelock import FileLock
     from mlflow import MlflowClient
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f"{path.name}.lock")):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unavailable(
+            f"the folder {path.parent} of MLflow's database cannot be made: {error.strerror}",
+            "a folder that this user may make",
+            "set RETUNER_TRACKING_URI or RETUNER_HOME to another place",
+        ) from None
+    with disk_full_said(path.parent), FileLock(path.with_name(f"{path.name}.lock")):
         if path.exists():
             return
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=DATABASE_DRAFT) as folder:

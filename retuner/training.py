@@ -93,6 +93,8 @@ class Learned:
     resumed: Path | None
     packing_fill: float
     rank: Rank
+    by_row: bool
+    """Packed rows were attended to one by one, see `retuner.row_attention`."""
 
 
 def train(
@@ -227,6 +229,9 @@ def _learn(
     if finished != log.steps:
         raise RetunerError(f"training ended after step {finished}", f"{log.steps} steps")
     refuse_not_finite(model, finished)
+    by_row = model.config._attn_implementation == ROW_ATTENTION
+    if by_row:  # From here on nobody says where rows end.
+        model.get_base_model().set_attn_implementation(params.attention)
     if stopping:
         observer.say(f"train: the adapter is that of {stopping.story(finished)}")
         if stopping.best_step != finished:
@@ -241,6 +246,7 @@ def _learn(
         resumed=resumed,
         packing_fill=fill,
         rank=rank,
+        by_row=by_row,
     )
 
 
@@ -276,7 +282,7 @@ def _effective(result: Learned, params: TrainParams) -> dict[str, str]:
 
     config, device = result.model.config, result.model.device
     told = {
-        "attention": str(config._attn_implementation).replace(ROW_ATTENTION, "sdpa"),
+        "attention": str(config._attn_implementation),
         "dtype": str(result.model.dtype).removeprefix("torch."),
         "use_cache": str(config.use_cache),
         "requested_attention": params.attention,
@@ -286,7 +292,7 @@ def _effective(result: Learned, params: TrainParams) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "processes": str(result.rank.of),
     }
-    if config._attn_implementation == ROW_ATTENTION:
+    if result.by_row:
         told["packed_rows"] = "end to end, each attended by itself"
     if result.rank.of > 1:
         told["strategy"] = "fsdp" if is_sharded(result.model) else "ddp"

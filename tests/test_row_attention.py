@@ -120,16 +120,19 @@ def test_the_window_changes_what_is_seen(model_with):
     assert (narrow[0][3:] - wide[0][3:]).abs().max() > 1e-3
 
 
-def test_padded_rows_are_attended_as_sdpa_does(model_with):
+@pytest.mark.parametrize("window", [3, 2047])
+@pytest.mark.parametrize("length", [5, len(IDS)])
+def test_rows_with_a_mask_are_attended_as_sdpa_does(model_with, window, length):
+    """Padded or not."""
     ids = torch.tensor([IDS, IDS])
     mask = torch.ones_like(ids)
-    mask[1, 5:] = 0
+    mask[1, length:] = 0
     with torch.no_grad():
         ours, theirs = (
-            model_with(attention, 3)(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            model_with(attention, window)(input_ids=ids, attention_mask=mask, use_cache=False).logits
             for attention in (ROW_ATTENTION, "sdpa")
         )
-    assert ours[0].equal(theirs[0]) and ours[1, :5].equal(theirs[1, :5])
+    assert ours[0].allclose(theirs[0], atol=1e-6) and ours[1, :length].allclose(theirs[1, :length], atol=1e-6)
 
 
 def test_rows_that_do_not_say_where_they_end_are_not_guessed(model_with):

@@ -289,11 +289,18 @@ def test_a_server_of_your_own_is_used_instead_of_ours(monkeypatch):
     assert "secret" not in "".join(said)
 
 
-def test_a_server_that_cannot_start_says_why_and_where_its_log_is():
+def test_a_place_where_no_database_can_be_made_is_named():
     runtime = load_runtime(tracking_uri="sqlite:////dev/null/nowhere.db")
+    with pytest.raises(Unavailable, match="the folder /dev/null"), mlflow_server(runtime, free_port()):
+        pass
+
+
+def test_a_server_that_cannot_start_says_why_and_where_its_log_is(tmp_path):
+    (tmp_path / "mlflow.db").write_text("something else")
+    runtime = load_runtime(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     with pytest.raises(Unavailable) as refusal, mlflow_server(runtime, free_port()):
         pass
-    assert "/dev/null" in refusal.value.found
+    assert "file is not a database" in refusal.value.found
     assert str(runtime.mlflow_artifacts.parent / "server.log") in refusal.value.do
     assert not (runtime.mlflow_artifacts.parent / "server.json").exists()
 
