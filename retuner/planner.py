@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from retuner.artifacts import Base, Chats
+from retuner.determinism import quiet
 from retuner.errors import Refused
 from retuner.feasible import refuse_what_cannot_work
 from retuner.files import write_whole
@@ -141,6 +142,11 @@ def make_plan(chats: Chats, base: Base, params: TrainParams, device: str, speeds
 
     Errors: Refused or Unavailable for what cannot be trained at all; not for what cannot fit.
     """
+    with quiet():
+        return _make_plan(chats, base, params, device, speeds)
+
+
+def _make_plan(chats: Chats, base: Base, params: TrainParams, device: str, speeds: Path) -> Plan:
     import torch
 
     counts = count_rows(read_rows(chats.path / "train.arrow"))

@@ -190,3 +190,9 @@ def test_a_device_that_is_not_there_is_said(inputs):
         pytest.skip("there is a GPU")
     with pytest.raises(Unavailable, match="RETUNER_DEVICE"):
         make_plan(chats_of(inputs), base_of(inputs), params(), "cuda", inputs / "none.json")
+
+
+def test_a_plan_says_nothing_but_itself(inputs, recwarn, capfd):
+    plan(inputs)
+    assert not [warning for warning in recwarn if "gradient_checkpointing" in str(warning.message)]
+    assert capfd.readouterr() == ("", "")
