@@ -13,7 +13,6 @@ from retuner.token_rows import IGNORE
 from retuner.words import WHITE_SPACE
 
 PHI3 = Path(__file__).parents[2] / "shared" / "phi3-tokenizer"
-LETTERS = {0: ("user", "assistant"), 1: ("system", "user", "assistant")}
 MAX_CHATS = 16
 Chat = list[dict[str, str]]
 
