@@ -19,7 +19,8 @@ from retuner.determinism import quiet
 from retuner.evaluation import read_held_out, row_losses
 from retuner.observe import Observer, Silent, Tee
 from retuner.packing import read_rows
-from retuner.params import TrainParams, load
+from retuner.params_file import load
+from retuner.train_params import TrainParams
 from retuner.training import learned
 
 PARAMS = Path(__file__).parents[1] / "params" / "phi3_mini_lora.yaml"

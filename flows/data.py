@@ -102,7 +102,7 @@ def diff(
 
     from retuner.chats import read_chats
     from retuner.data_diff import diff as compare
-    from retuner.params import load
+    from retuner.params_file import load
 
     if set_ and params is None:
         raise Refused("--set without PARAMS", "a params file whose settings are overridden")
@@ -182,7 +182,7 @@ def _of_version(context: "RunContext", version: str, model: str) -> tuple[Path, 
 
 
 def _context(params: Path, overrides: list[str], silent: bool) -> "RunContext":
-    from retuner.params import load
+    from retuner.params_file import load
     from tasks.context import Quiet, open_context
 
     observer = Quiet() if silent else _speaker()

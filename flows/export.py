@@ -89,7 +89,7 @@ def import_loralib(
     from retuner.lora_file import write_lora
     from retuner.loralib_file import check_settings, read_settings, read_state
     from retuner.loralib_format import from_loralib
-    from retuner.params import load
+    from retuner.params_file import load
     from retuner.skeleton import empty_model
 
     given: dict[str, Any] = {"alpha": alpha, "rank": rank, "enable_lora": _parts(enable_lora), "bias": bias}
@@ -136,7 +136,7 @@ def _source(
     from retuner.export_source import base_of, source_of_folder, source_of_version
 
     if base is not None:
-        from retuner.params import load
+        from retuner.params_file import load
 
         params = load(base)
         return source_of_folder(Path(version), params, base_of(params.base, runtime, terminal))

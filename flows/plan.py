@@ -4,7 +4,7 @@ there yet, and stay for the run; nothing is trained and no weight is loaded."""
 from pathlib import Path
 
 from retuner.errors import Refused
-from retuner.params import load
+from retuner.params_file import load
 from retuner.planner import SPEEDS, Plan, make_plan
 from retuner.runtime import Runtime
 from tasks.context import RunObserver, open_context

@@ -16,7 +16,7 @@ from flows.summary import mlflow_page, outcome, summarise
 from retuner.artifacts import GateVerdict
 from retuner.errors import RetunerError
 from retuner.observe import Tee
-from retuner.params import load
+from retuner.params_file import load
 from retuner.run_page import verdict_line
 from retuner.runtime import load_runtime
 from tasks.context import open_context

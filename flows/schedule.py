@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flows.servers import prefect_environment, prefect_server
 from retuner.errors import Refused
-from retuner.params import load
+from retuner.params_file import load
 from retuner.runtime import Runtime
 
 

@@ -20,11 +20,11 @@ from retuner.generation import batches
 from retuner.lora import WEIGHTS
 from retuner.observe import Observer
 from retuner.packing import NO_LOSS, PAD_ID, RowCounts
-from retuner.params import DpoParams
 from retuner.ranks import Rank
 from retuner.row_trainer import lora_plus, trainer_arguments, watched
 from retuner.step_log import StepLog
 from retuner.stopping import Stopping
+from retuner.train_params import DpoParams
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")

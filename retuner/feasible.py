@@ -2,8 +2,8 @@
 
 from retuner.errors import Refused, Unavailable
 from retuner.packing import RowCounts
-from retuner.params import TrainParams
 from retuner.quantized import require_bitsandbytes
+from retuner.train_params import TrainParams
 
 
 def refuse_what_cannot_work(counts: RowCounts, params: TrainParams, device: str) -> None:

@@ -19,12 +19,12 @@ from typing import IO
 from retuner.artifacts import AdapterFacts, Base, Chats
 from retuner.errors import Refused, RetunerError, Unavailable
 from retuner.observe import Observer
-from retuner.params import SftParams
 from retuner.ranks import share
 from retuner.sharded import refuse_what_cannot_be_sharded
 from retuner.skeleton import read_skeleton
 from retuner.targets import choose_targets
 from retuner.termination import sigterm_held_back
+from retuner.train_params import SftParams
 
 STOP = b"stop\n"
 ERRORS: dict[str, type[RetunerError]] = {each.__name__: each for each in (RetunerError, Refused, Unavailable)}

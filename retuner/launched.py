@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from retuner.artifacts import Base, Chats
 from retuner.errors import RetunerError
 from retuner.observe import Observer, Silent
-from retuner.params import SftParams
 from retuner.ranks import Rank
+from retuner.train_params import SftParams
 from retuner.training import learned, write_learned
 
 

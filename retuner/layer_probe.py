@@ -12,10 +12,10 @@ from typing import Any
 
 from retuner.errors import Refused
 from retuner.lora import put_adapter_on
-from retuner.params import LoraParams
 from retuner.row_attention import attend_by_row
 from retuner.skeleton import skeleton_of
 from retuner.targets import choose_targets
+from retuner.train_params import LoraParams
 
 TRIES = 3
 VOCABULARY = 64

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from retuner.errors import RetunerError
-from retuner.params import LoraParams
 from retuner.skeleton import kind_of
 from retuner.targets import Targets, pattern
+from retuner.train_params import LoraParams
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

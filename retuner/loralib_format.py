@@ -22,7 +22,7 @@ from pydantic import Field
 from retuner.errors import Refused
 from retuner.lora_file import PREFIX, LoraFile, exactly, refuse_beyond_lora, target_names
 from retuner.loralib_names import bias_names, biases_in, ends_in, kind_of_layer, layer_pairs, longest_fit
-from retuner.params import Positive, Strict
+from retuner.strict import Positive, Strict
 
 Alpha = Annotated[float, Field(gt=0)]
 Parts = Annotated[tuple[bool, ...], Field(min_length=1)]

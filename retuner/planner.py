@@ -19,9 +19,9 @@ from retuner.fingerprint import fingerprint
 from retuner.layer_probe import head_seconds, layer_cost
 from retuner.lora import count_trainable, put_adapter_on
 from retuner.packing import RowCounts, count_rows, read_rows
-from retuner.params import TrainParams
 from retuner.skeleton import empty_model, skeleton_of
 from retuner.targets import choose_targets
+from retuner.train_params import TrainParams
 from retuner.training import planned_steps
 
 OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 1, "paged_adamw_8bit": 2}

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from retuner.errors import Unavailable
-from retuner.params import QuantizationParams, TrainParams
+from retuner.train_params import QuantizationParams, TrainParams
 
 
 def needs_bitsandbytes(params: TrainParams) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from retuner.errors import Refused
 from retuner.packing import NO_LOSS, PAD_ID
-from retuner.params import TrainParams
+from retuner.train_params import TrainParams
 
 
 @dataclass(frozen=True)

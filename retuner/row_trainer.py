@@ -9,12 +9,12 @@ from retuner import checkpoints
 from retuner.lora import refuse_not_finite
 from retuner.noise import EmbeddingNoise
 from retuner.packing import NO_LOSS, PAD_ID, collator, take_token_count
-from retuner.params import SftParams, TrainParams
 from retuner.quantized import adapter_stays_float32
 from retuner.ranks import ALONE, EvenOrder, Rank, forward_is, share, summed, with_blank
 from retuner.sharded import SETTINGS, sharding
 from retuner.step_log import StepLog
 from retuner.stopping import Stopping
+from retuner.train_params import SftParams, TrainParams
 
 PAD = "<pad>"
 

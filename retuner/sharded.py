@@ -11,8 +11,8 @@ from typing import Any
 
 from retuner.errors import Refused
 from retuner.lora import WEIGHTS, load_weights
-from retuner.params import SftParams
 from retuner.targets import Targets
+from retuner.train_params import SftParams
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 SETTINGS = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}

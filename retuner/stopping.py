@@ -13,7 +13,7 @@ from typing import Any
 from retuner.errors import RetunerError
 from retuner.evaluation import read_held_out, row_losses
 from retuner.observe import Observer
-from retuner.params import StopEarlyParams
+from retuner.train_params import StopEarlyParams
 
 HELD_OUT_LOSS = "held_out_loss"
 ROWS_AT_ONCE = 8

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from retuner.errors import Refused
-from retuner.params import LoraParams
 from retuner.skeleton import FUSED, Skeleton, kind_of, layer_index, named
+from retuner.train_params import LoraParams
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ from retuner.lora import (
 )
 from retuner.observe import Observer
 from retuner.packing import RowCounts, count_rows, lay_out, read_rows
-from retuner.params import SftParams, TrainParams
 from retuner.quantized import bits_and_bytes, keep_differentiable
 from retuner.ranks import ALONE, Rank, agreed
 from retuner.row_attention import ROW_ATTENTION, attend_by_row
@@ -46,6 +45,7 @@ from retuner.step_log import StepLog
 from retuner.stopping import HELD_OUT_LOSS, Stopping, needed_by
 from retuner.targets import Targets, choose_targets
 from retuner.termination import sigterm_held_back
+from retuner.train_params import SftParams, TrainParams
 from retuner.warm_start import read_start
 
 

@@ -10,10 +10,10 @@ from retuner import registry_reads
 from retuner.bundle import digest_of
 from retuner.errors import Refused
 from retuner.lora import CONFIG, WEIGHTS, adapter_weights, is_b, put_adapter_on, silent_rows
-from retuner.params import LoraParams
 from retuner.runtime import Runtime
 from retuner.skeleton import empty_model
 from retuner.targets import Targets
+from retuner.train_params import LoraParams
 
 WARM_START, TRAIN_REQUEST = "warm_start", "train_request"
 """Tags of a version: the adapter it began as (sha256, empty for none), and what it was asked to be trained as."""

@@ -8,8 +8,8 @@ from retuner.checkpoint_sharing import CheckpointSharing
 from retuner.errors import Refused
 from retuner.metric_stream import MetricStream
 from retuner.observe import Tee
-from retuner.params import DpoParams, SftParams
 from retuner.quantized import needs_bitsandbytes, require_bitsandbytes
+from retuner.train_params import DpoParams, SftParams
 from retuner.warm_start import production_start, train_request
 from tasks.context import RunContext
 from tasks.step import Step

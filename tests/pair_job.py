@@ -10,8 +10,8 @@ from training_job import LORA, PARAMS, Heard, base_of, chats_of
 from retuner import dpo
 from retuner.artifacts import AdapterFacts
 from retuner.observe import Observer
-from retuner.params import DpoParams
 from retuner.tiny_phi3 import write_tiny_phi3
+from retuner.train_params import DpoParams
 
 Pair = tuple[list[int], list[int], list[int]]
 STOP = 1

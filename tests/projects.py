@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.pipeline import pipeline
-from retuner.params import load
+from retuner.params_file import load
 from retuner.runtime import load_runtime
 from tasks.context import RunContext, open_context
 from tasks.step import carry_out

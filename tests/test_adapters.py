@@ -442,8 +442,8 @@ def test_qlora_trains_saves_and_loads_on_4_bits_and_merges_into_the_base_as_it_i
     from torch.testing import assert_close
 
     from retuner.base import load_model
-    from retuner.params import QuantizationParams
     from retuner.quantized import bits_and_bytes, keep_differentiable
+    from retuner.train_params import QuantizationParams
 
     asked = short(lora, quantization=NF4, optimizer="paged_adamw_32bit")
     expected = trained(shared, tmp_path / "out", asked)

@@ -11,7 +11,7 @@ from training_job import STEPS, Heard, make_inputs, run
 
 from flows.pipeline import pipeline
 from retuner.checkpoint_sharing import CheckpointSharing
-from retuner.params import load
+from retuner.params_file import load
 from retuner.runtime import load_runtime
 from retuner.shared_store import SharedStore, work_of
 from tasks.context import Quiet, open_context

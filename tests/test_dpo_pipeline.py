@@ -10,7 +10,7 @@ from projects import COLOURS, ROOT, add_to_dvc, make_project, retrain, states
 from retuner import registry_reads
 from retuner.compare import compare
 from retuner.errors import Refused
-from retuner.params import load
+from retuner.params_file import load
 
 SHIPPED = ROOT / "params" / "quickstart_dpo.yaml"
 LOG_2 = round(math.log(2), 6)

@@ -20,7 +20,7 @@ from retuner.export_source import base_of, source_of_folder, source_of_version
 from retuner.files import sha256_file
 from retuner.generation import adapter_on
 from retuner.observe import Silent
-from retuner.params import load
+from retuner.params_file import load
 from retuner.store import Store
 
 ROOT = Path(__file__).parents[1]

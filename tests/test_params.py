@@ -5,7 +5,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from retuner.errors import Refused
-from retuner.params import load
+from retuner.params_file import load
 
 PARAMS = Path(__file__).parents[1] / "params"
 QUICKSTART = PARAMS / "quickstart.yaml"

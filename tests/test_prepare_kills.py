@@ -16,7 +16,7 @@ from retuner.memo import Memo
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
-from retuner.params import load
+from retuner.params_file import load
 from retuner.runtime import load_runtime
 from tasks.context import open_context
 from tasks.prepare import prepare

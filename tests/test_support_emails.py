@@ -9,7 +9,7 @@ from pathlib import Path
 from retuner import support_email_pairs
 from retuner.dataset import open_dataset
 from retuner.naming import group_of, is_held_out
-from retuner.params import load
+from retuner.params_file import load
 from retuner.support_email_texts import KEYS
 from retuner.support_emails import FILE_NAME, ROWS, SEED, conversations, write
 

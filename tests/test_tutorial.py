@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from projects import ROOT, add_to_dvc, chats, retrain, retuner, write_chats
 
-from retuner import params, registry_reads, run_page, tracking
+from retuner import registry_reads, run_page, tracking
 from retuner.errors import Refused
+from retuner.params import Params
+from retuner.params_file import load
 from retuner.tutorial import Row, Translation, translate
 from retuner.tutorial_source import read
 from retuner.tutorial_table import GONE, TABLE
@@ -34,9 +36,9 @@ def row(translation: Translation, name: str) -> Row:
     return found
 
 
-def loaded(translation: Translation, folder: Path) -> params.Params:
+def loaded(translation: Translation, folder: Path) -> Params:
     (folder / "translated.yaml").write_text(translation.text)
-    return params.load(folder / "translated.yaml")
+    return load(folder / "translated.yaml")
 
 
 # The tutorial's own
@@ -49,7 +51,7 @@ def test_the_two_dictionaries_alone_are_taken_as_they_are(tmp_path):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["refused"], told["written"]) == (0, "p.yaml")
-    run = params.load(tmp_path / "p.yaml")
+    run = load(tmp_path / "p.yaml")
     assert (run.train.learning_rate, run.train.schedule, run.train.warmup_fraction) == (5e-6, "cosine", 0.2)
     assert (run.train.precision, run.train.epochs, run.train.max_steps) == ("bfloat16", 1, None)
     assert (run.train.batch_size, run.train.gradient_accumulation, run.train.seed) == (4, 1, 0)

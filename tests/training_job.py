@@ -25,8 +25,8 @@ from projects import ROOT
 from retuner.artifacts import AdapterFacts, Base, BaseFacts, Chats, ChatsFacts
 from retuner.observe import Observer, Silent
 from retuner.pack_plan import plan_packs, write_packs
-from retuner.params import DpoParams, SftParams
 from retuner.tiny_phi3 import write_tiny_phi3
+from retuner.train_params import DpoParams, SftParams
 from retuner.training import train
 
 STEPS, CHECKPOINT_STEPS, PACK_TOKENS = 12, 2, 64
