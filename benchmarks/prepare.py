@@ -39,7 +39,7 @@ from retuner.dataset import DataFile, Dataset
 from retuner.files import sha256_file
 from retuner.memo import Memo
 from retuner.observe import Silent
-from retuner.params import load
+from retuner.params_file import load
 from retuner.store import Store
 
 PARAMS = Path(__file__).parents[1] / "params" / "phi3_mini_lora.yaml"
@@ -266,12 +266,12 @@ def report(
 
 def minhash(data: Path, rows: int = 5000) -> None:
     """Rows a second on one core, from their texts to the sketches that near duplicates are found by."""
-    from retuner.sketch import sketches, word_hashes, words_of
+    from retuner.naming import folded
+    from retuner.sketch import sketches, word_hashes, words_in
 
-    some = list(chats(data, 0, rows))
+    some = [" ".join([message["content"] for message in messages]) for messages in chats(data, 0, rows)]
     began = time.perf_counter()
-    words = [words_of(messages) for messages in some]
-    sketches(word_hashes([word for row in words for word in row]), [len(row) for row in words])
+    sketches(*word_hashes([words_in(folded(said)) for said in some]))
     print(f"MinHash: {rows / (time.perf_counter() - began):,.0f} rows/s on one core (goal 5,000)")
 
 

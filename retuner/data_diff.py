@@ -204,7 +204,7 @@ def _read(name: str, files: Iterable[DataFile], read: Read) -> Reading:
             found.rejected[row.cause] += 1
             continue
         messages = said_in(row.messages, row.rejected)
-        found.description.add(messages)
+        found.description.add_all([messages])
         found.rows[_row(row)] += 1
         for message in messages:
             found.words.update(WORD.findall(message["content"].casefold()))

@@ -46,10 +46,12 @@ class Lengths:
     longest: int = 0
 
     def add(self, length: int, times: int = 1) -> None:
-        shift = length.bit_length() - BIN_BITS
-        self.bins[length >> shift << shift if shift > 0 else length] += times
-        if length > self.longest:
-            self.longest = length
+        self.bins[_bin_of(length)] += times
+        self.longest = max(self.longest, length)
+
+    def add_all(self, lengths: Sequence[int]) -> None:
+        self.bins.update(map(_bin_of, lengths))
+        self.longest = max(self.longest, *lengths)
 
     def merge(self, other: "Lengths") -> None:
         self.bins.update(other.bins)
@@ -80,6 +82,11 @@ class Lengths:
         return cls(Counter({int(low): n for low, n in spelled["bins"].items()}), spelled["longest"])
 
 
+def _bin_of(length: int) -> int:
+    shift = length.bit_length() - BIN_BITS
+    return length >> shift << shift if shift > 0 else length
+
+
 @dataclass
 class Description:
     """Of the conversations that were added. Equal to the merged descriptions of any parts of them."""
@@ -98,25 +105,29 @@ class Description:
     script_rows: Counter[str] = field(default_factory=Counter)
     """Conversations with any letter of the script."""
 
-    def add(self, messages: Sequence[Mapping[str, str]]) -> None:
-        """One conversation more."""
-        total = answers = 0
-        for message in messages:
-            role, size = message["role"], len(message["content"])
-            self.messages[role] += 1
-            self.characters[role] += size
-            if role not in self.lengths:
-                self.lengths[role] = Lengths()
-            self.lengths[role].add(size)
-            total += size
-            answers += role == "assistant"
-        self.rows += 1
-        self.turns[answers] += 1
-        self.lengths["all"].add(total)
-        scripts = letters_by_script("".join([message["content"] for message in messages]))
-        for script, count in scripts.items():
-            self.letters[script] += count
-            self.script_rows[script] += 1
+    def add_all(self, conversations: Iterable[Sequence[Mapping[str, str]]]) -> None:
+        sizes: dict[str, list[int]] = {"all": []}
+        for messages in conversations:
+            total = answers = 0
+            for message in messages:
+                role, size = message["role"], len(message["content"])
+                sizes.setdefault(role, []).append(size)
+                total += size
+                answers += role == "assistant"
+            sizes["all"].append(total)
+            self.turns[answers] += 1
+            for script, count in letters_by_script(
+                "".join([message["content"] for message in messages])
+            ).items():
+                self.letters[script] += count
+                self.script_rows[script] += 1
+        self.rows += len(sizes["all"])
+        for role, lengths in sizes.items():
+            if lengths:
+                self.lengths.setdefault(role, Lengths()).add_all(lengths)
+            if role != "all":
+                self.messages[role] += len(lengths)
+                self.characters[role] += sum(lengths)
 
     def merge(self, other: "Description") -> None:
         self.rows += other.rows
@@ -167,8 +178,7 @@ class Description:
 def describe(conversations: Iterable[Sequence[Mapping[str, str]]]) -> Description:
     """The description of all of them."""
     made = Description()
-    for messages in conversations:
-        made.add(messages)
+    made.add_all(conversations)
     return made
 
 

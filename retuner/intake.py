@@ -12,14 +12,14 @@ import numpy as np
 
 from retuner.chats import BadRow, Block, Chat, blocks, format_of_file, read_block
 from retuner.dataset import DataFile
-from retuner.describe import Description
+from retuner.describe import Description, describe
 from retuner.fingerprint import fingerprint
 from retuner.memo import Memo
-from retuner.naming import draw_of, names_of
+from retuner.naming import draw_of, folded, names_of
 from retuner.preferences import SAME_ANSWERS, is_same, said_in
 from retuner.redaction import redacted
 from retuner.rows import HEAD, Batch
-from retuner.sketch import sketches, word_hashes, words_of
+from retuner.sketch import sketches, word_hashes, words_in
 
 if TYPE_CHECKING:
     from retuner.reading_ahead import ReadingAhead
@@ -153,10 +153,9 @@ class _Making:
         self.format: str | None = None
         self.bad_rows: list[dict[str, Any]] = []
         self.redacted: Counter[str] = Counter()
-        self.description = Description()
+        self.said: list[Sequence[dict[str, str]]] = []
         self.names: list[bytes] = []
         self.words: list[bytes] = []
-        self.counts: list[int] = []
         self.lines: list[bytes] = []
 
     def is_full(self) -> bool:
@@ -181,22 +180,22 @@ class _Making:
                 self.bad_rows.append(asdict(bad))
                 return
         self.format = row.format
-        names = names_of(messages, rejected)
+        contents = [folded(turn["content"]) for turn in messages]
+        names = names_of(messages, rejected, contents)
         group = names.group.hex()
         line = spelled_row(group, names.id.hex(), messages, rejected)
-        words = words_of(messages)
-        self.description.add(said_in(messages, rejected))
+        self.said.append(said_in(messages, rejected))
         self.names += [names.group, names.id, names.key, names.prompt[:8], names.talk[:8]]
         self.names.append(draw_of(group, self.salt)[:8])
-        self.words += words
-        self.counts.append(len(words))
+        # A system prompt is shared by many rows: what resembles what is decided by what the others say.
+        spoken = contents[1:] if messages[0]["role"] == "system" else contents
+        self.words.append(words_in(" ".join(spoken)))
         self.lines.append(line)
         self.bytes += len(line)
 
     def made(self) -> Segment:
         heads: Any = np.zeros(len(self.lines), HEAD)
-        counts = np.array(self.counts, np.int64)
-        words = word_hashes(self.words)
+        words, counts = word_hashes(self.words)
         names = np.frombuffer(b"".join(self.names), ">u8").reshape(len(heads), 9)
         for place, name in enumerate(("group", "id", "key")):
             heads[name] = names[:, 2 * place : 2 * place + 2]
@@ -209,7 +208,7 @@ class _Making:
         for begin, end, line in zip([0, *ends], ends, self.lines):
             bodies += [spelled[begin:end], line]
         redactions = dict(sorted(self.redacted.items()))
-        notes = Notes(self.rows, self.format, self.bad_rows, redactions, self.description.spelled())
+        notes = Notes(self.rows, self.format, self.bad_rows, redactions, describe(self.said).spelled())
         return Segment(notes, Batch(heads, b"".join(bodies)))
 
 

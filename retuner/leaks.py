@@ -91,7 +91,9 @@ class Runs:
             place = np.minimum(np.searchsorted(hashes, runs["hash"]), len(hashes) - 1)
             shared = hashes[place] == runs["hash"]
             # A run may stand in a row several times.
-            pairs = np.unique((place[shared] << 32) | runs["row"][shared])
+            pairs = (place[shared] << 32) | runs["row"][shared]
+            pairs.sort()  # and not np.unique, which hashes: that takes several times as long
+            pairs = pairs[np.diff(pairs, prepend=-1) > 0]
             run, row = pairs >> 32, pairs & (2**32 - 1)
             rare = (np.bincount(run, minlength=len(hashes)) <= BOILERPLATE)[run]
             found.add(row[rare], numbers[run[rare]])

@@ -22,20 +22,25 @@ class Names(NamedTuple):
     """As `key`, whatever the system prompt."""
 
 
-def names_of(messages: Sequence[dict[str, str]], rejected: str | None = None) -> Names:
+def names_of(
+    messages: Sequence[dict[str, str]], rejected: str | None = None, contents: Sequence[str] | None = None
+) -> Names:
     """`rejected`, the other answer of a preference pair, is part of what the pair is, `id` and `key`; what it is
-    compared with others by, `group`, `prompt` and `talk`, is that of the conversation with the chosen answer."""
+    compared with others by, `group`, `prompt` and `talk`, is that of the conversation with the chosen answer.
+
+    `contents` are the folded contents of the messages, where they are known already."""
+    contents = contents or [folded(turn["content"]) for turn in messages]
     said = [f"{turn['role']}\n{turn['content']}" for turn in messages]
-    folded = [f"{turn['role']}\n{_folded(turn['content'])}" for turn in messages]
-    asked = list(takewhile(lambda turn: not turn.startswith("assistant\n"), folded))
-    group, talk = _digest(asked), _digest(folded)
+    alike = [f"{turn['role']}\n{content}" for turn, content in zip(messages, contents, strict=True)]
+    asked = list(takewhile(lambda turn: not turn.startswith("assistant\n"), alike))
+    group, talk = _digest(asked), _digest(alike)
     if rejected is None:
         exact, key = _digest(said), talk
     else:
         exact = _digest([*said, f"rejected\n{rejected}"])
-        key = _digest([*folded, f"rejected\n{_folded(rejected)}"])
+        key = _digest([*alike, f"rejected\n{folded(rejected)}"])
     if messages[0]["role"] == "system":
-        return Names(group, exact, key, _digest(asked[1:]), _digest(folded[1:]))
+        return Names(group, exact, key, _digest(asked[1:]), _digest(alike[1:]))
     return Names(group, exact, key, group, talk)
 
 
@@ -64,7 +69,8 @@ def limit_of(held_out_fraction: float) -> int:
     return math.ceil(held_out_fraction * 2**128)
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """A text but for case and white space."""
     return " ".join(text.casefold().split())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from retuner.rows import BANDS, Ordered
-from retuner.sketch import PERMUTATIONS, resemblances
+from retuner.sketch import BINS, resemblances
 
 SLICE_ROWS = 2**18
 WINDOW = 8
@@ -128,9 +128,10 @@ def _alike(rows: Ordered, band: int, similarity: float, left: Any, right: Any) -
     first = (sketches[one] == sketches[other]).argmax(1) == band
     one, other, left, right = one[first], other[first], left[first], right[first]
     as_bytes = sketches.view(np.uint8)
-    # Different pairs of words agree in a byte once in 256; two standard deviations of the estimate are let pass.
+    # Different pairs of words agree in a byte once in 256; two standard deviations of the estimate, which are larger
+    # than those of independent draws by a third at most, are let pass.
     agree = (as_bytes[one] == as_bytes[other]).mean(1) * (256 / 255) - 1 / 255
-    likely = agree > similarity - 2 * 0.5 / PERMUTATIONS**0.5
+    likely = agree > similarity - 2 * 1.35 * 0.5 / BINS**0.5
     left, right = left[likely], right[likely]
     found = [_resemblances(rows, left[some], right[some]) for some in _portions_by_words(rows, left, right)]
     alike = np.concatenate([*found, np.zeros(0)]) >= similarity

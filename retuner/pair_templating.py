@@ -21,9 +21,9 @@ from retuner.held_out_prompts import write_prompts
 from retuner.observe import Observer
 from retuner.params import TemplateParams
 from retuner.rendering import Renderer
-from retuner.row_memo import MISSING, Places, RowMemo
+from retuner.row_memo import Places, RowMemo
 from retuner.template_side import SHOWN_ROWS, Side, chat_name
-from retuner.templating import BATCH_ROWS, ReferenceCheck, add_missing, check_room, listed
+from retuner.templating import BATCH_ROWS, ReferenceCheck, add_missing, listed
 from retuner.token_rows import IGNORE, TokenRows
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ def template_pairs(
 
     `memo` and errors are as for `retuner.templating.template`.
     """
-    check_room(base, params)
     renderer = Renderer(load_tokenizer(base.path))
     rows = RowMemo(memo or work / "rows")
     check = ReferenceCheck(renderer)
@@ -53,7 +52,7 @@ def template_pairs(
     check.first(train.chosen.lines)
     for each in answers:
         each.places = rows.find(each.lines.ids)
-        new += int((each.places.file == MISSING).sum())
+        new += each.missing
         for done in add_missing(renderer, rows, each):
             observer.progress("rows templated", before + done, total)
         before += len(each.lines)

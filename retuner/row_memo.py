@@ -322,6 +322,13 @@ def _as_batch(parts: Sequence[tuple[Any, ...]]) -> Any:
         buffers = [None, pa.py_buffer(ends)]
         return pa.Array.from_buffers(pa.list_(pa.int32()), len(lengths), buffers, children=[values])
 
+    def strings(values: Sequence[str]) -> Any:
+        # Not pa.array: it imports pandas, which takes longer than many rows do.
+        letters = [value.encode() for value in values]
+        ends = np.cumsum([0, *map(len, letters)], dtype=np.int32)
+        buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(letters))]
+        return pa.Array.from_buffers(pa.string(), len(values), buffers)
+
     rows = [part[1] for part in parts]
     ids = np.concatenate([part[0] for part in parts])
     names: dict[str, int] = {}
@@ -332,8 +339,6 @@ def _as_batch(parts: Sequence[tuple[Any, ...]]) -> Any:
         "spans": listed([part.spans.ravel() for part in rows], [2 * part.span_offsets for part in rows]),
         "stripped": flat(pa.int32(), [part.stripped_chars for part in rows], np.int32),
         "plain": flat(pa.int8(), [np.array(part[3], np.int8) for part in parts], np.int8),
-        "roles": pa.DictionaryArray.from_arrays(
-            flat(pa.int32(), [roles], np.int32), pa.array(list(names), pa.string())
-        ),
+        "roles": pa.DictionaryArray.from_arrays(flat(pa.int32(), [roles], np.int32), strings(list(names))),
     }
     return pa.record_batch(list(columns.values()), names=list(columns))

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,12 +53,13 @@ def separate(
     for kind, field_ in (("exact", "talk"), ("same_prompt", "prompt")):
         _deal_with(made, kind, same(rows, field_, ~made.removed), params, shown)
     similarity = params.near_duplicates.similarity
-    near = find_near(rows, similarity, ~made.removed) if similarity else None
-    _deal_with(made, "near", near.leaks if near else Found(np.zeros(len(rows), bool)), params, shown)
-    runs = Runs(rows, ~made.removed, folder)
-    for kind, size in (("ngram_13", LONG), ("ngram_8", SHORT)):
-        _deal_with(made, kind, runs.found(size, ~made.removed), params, shown)
-    runs.close()
+    with ThreadPoolExecutor(1) as beside:
+        runs_made = beside.submit(Runs, rows, ~made.removed, folder)
+        near = find_near(rows, similarity, ~made.removed) if similarity else None
+        with closing(runs_made.result()) as runs:
+            _deal_with(made, "near", near.leaks if near else Found(np.zeros(len(rows), bool)), params, shown)
+            for kind, size in (("ngram_13", LONG), ("ngram_8", SHORT)):
+                _deal_with(made, kind, runs.found(size, ~made.removed), params, shown)
     _deal_with_clusters(made, rows, near.clusters if near else None, params, shown)
     if made.refusals:
         raise Refused(

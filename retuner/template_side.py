@@ -9,7 +9,7 @@ from retuner.chat_lines import Chat, ChatLines
 from retuner.coloured import ShownRow
 from retuner.describe import Lengths
 from retuner.params import TemplateParams
-from retuner.row_memo import Places, RowMemo
+from retuner.row_memo import MISSING, Places, RowMemo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,6 +34,18 @@ class Side:
     stripped: int = 0
     """Conversations of which the tokenizer drops white space at the edge of a message."""
     left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def missing(self) -> int:
+        """Rows that the memo does not hold."""
+        return int((self.places.file == MISSING).sum())
+
+    @property
+    def missing_bytes(self) -> int:
+        """Of their lines."""
+        import numpy as np
+
+        return int(np.diff(self.lines.bounds)[self.places.file == MISSING].sum())
 
     def measure(self, rows: RowMemo, params: TemplateParams) -> None:
         """Decide which rows are used. A row that is cut keeps loss on whole answers only: an answer without its

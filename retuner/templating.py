@@ -51,18 +51,16 @@ def template(
     Errors: Refused when a chat is too long and `params.too_long` is `refuse`, when nothing to train or score on
     remains, and when the base's template cannot lay out the chats. The message names a chat.
     """
-    check_room(base, params)
-    renderer = Renderer(load_tokenizer(base.path))
     rows = RowMemo(memo or work / "rows")
-    check = ReferenceCheck(renderer)
     train, held_out = (Side(name, ChatLines(splits.path / f"{name}.jsonl")) for name in ("train", "held_out"))
-    total = len(train.lines) + len(held_out.lines)
-    check.first(train.lines)
-    new = 0
-    with TemplatingAhead(renderer, rows.folder) as ahead:
+    for side in (train, held_out):
+        side.places = rows.find(side.lines.ids)
+    total, new = len(train.lines) + len(held_out.lines), train.missing + held_out.missing
+    with TemplatingAhead(rows.folder, train.missing_bytes + held_out.missing_bytes) as ahead:
+        renderer = Renderer(load_tokenizer(base.path))
+        check = ReferenceCheck(renderer)
+        check.first(train.lines)
         for side, before in ((train, 0), (held_out, len(train.lines))):
-            side.places = rows.find(side.lines.ids)
-            new += int((side.places.file == MISSING).sum())
             for done in add_missing(renderer, rows, side, ahead):
                 observer.progress("rows templated", before + done, total)
     rows.flush()
@@ -108,7 +106,7 @@ def add_missing(
     done = len(side.lines) - len(missing)
     yield done
     batches = deque(side.lines.batches(missing))
-    taking = ahead.taking(side.lines, batches) if ahead else nullcontext(Helped())
+    taking = ahead.taking(renderer, side.lines, batches) if ahead else nullcontext(Helped())
     with taking as helped:
         for numbers in _each(batches):
             _add(renderer, rows, side, numbers)
@@ -267,6 +265,7 @@ def _write_page(
 
 
 def check_room(base: Base, params: TemplateParams) -> None:
+    """Errors: Refused when rows may have more tokens than the base takes."""
     room = json.loads((base.path / "config.json").read_bytes()).get("max_position_embeddings")
     if room is not None and params.max_tokens > room:
         raise Refused(

@@ -40,10 +40,11 @@ Batches = deque["NDArray[Any]"]
 class TemplatingAhead:
     """Helpers that start when there is enough to do, one for each core but the reader's own."""
 
-    def __init__(self, renderer: Renderer, memo: Path, helpers: int | None = None):
-        self.renderer, self.memo = renderer, memo
-        self.count = min(MOST_HELPERS, usable_cores() - 1) if helpers is None else helpers
-        self._helpers: list[_Helper] = []
+    def __init__(self, memo: Path, missing_bytes: int, helpers: int | None = None):
+        """`missing_bytes`: of the lines that are to be tokenised. Helpers load what they need while their reader loads
+        its tokenizer."""
+        count = min(MOST_HELPERS, usable_cores() - 1) if helpers is None else helpers
+        self._helpers = [_Helper(memo) for _ in range(count)] if missing_bytes >= WORTH_BYTES else []
 
     def __enter__(self) -> "TemplatingAhead":
         return self
@@ -53,13 +54,12 @@ class TemplatingAhead:
             helper.end()
 
     @contextmanager
-    def taking(self, lines: ChatLines, batches: Batches) -> Iterator["Helped"]:
+    def taking(self, renderer: Renderer, lines: ChatLines, batches: Batches) -> Iterator["Helped"]:
         """Helpers take batches from the end of `batches` until it is empty; at the end of the block their rows are in
         files of the memo."""
-        if not self._helpers and _bytes_of(lines, batches) >= WORTH_BYTES:
-            self._helpers = [_Helper(self.renderer, self.memo) for _ in range(self.count)]
         helped = Helped()
-        threads = [Thread(target=helper.work, args=(lines, batches, helped)) for helper in self._helpers]
+        arguments = renderer, lines, batches, helped
+        threads = [Thread(target=helper.work, args=arguments) for helper in self._helpers]
         for thread in threads:
             thread.start()
         try:
@@ -84,8 +84,8 @@ class Helped:
 class _Helper:
     """A process, seen from its reader."""
 
-    def __init__(self, renderer: Renderer, memo: Path):
-        self.template = renderer.template
+    def __init__(self, memo: Path):
+        self.memo = memo
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,
@@ -97,13 +97,13 @@ class _Helper:
         self.requests = cast(IO[bytes], self.process.stdin)
         self.answers = cast(IO[bytes], self.process.stdout)
         self.is_ready = False
-        self.tokenizer = renderer.tokenizer.backend_tokenizer.to_str()
-        self.memo = memo
 
-    def work(self, lines: ChatLines, batches: Batches, helped: Helped) -> None:
+    def work(self, renderer: Renderer, lines: ChatLines, batches: Batches, helped: Helped) -> None:
         """Until there is no batch left, or the helper is gone; then its rows are written."""
+        self.template = renderer.template
         if not self.is_ready:
-            self._write({"memo": str(self.memo.absolute()), "tokenizer": self.tokenizer})
+            tokenizer = renderer.tokenizer.backend_tokenizer.to_str()
+            self._write({"memo": str(self.memo.absolute()), "tokenizer": tokenizer})
             self.is_ready = self._answer() is not None
         while self.is_ready:
             try:
@@ -148,16 +148,13 @@ class _Helper:
             self.requests.flush()
 
 
-def _bytes_of(lines: ChatLines, batches: Batches) -> int:
-    return sum(int((lines.bounds[rows + 1] - lines.bounds[rows]).sum()) for rows in batches)
-
-
 # --- a helper
 
 
 def main() -> None:
     """What a helper does."""
     import numpy as np
+    import pyarrow  # noqa: F401  # what comes later imports it too, and now there is time
     from tokenizers import Tokenizer
 
     requests, answers = sys.stdin.buffer, sys.stdout.buffer

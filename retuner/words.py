@@ -27,8 +27,9 @@ it gets.
 """
 
 import json
+import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
@@ -93,27 +94,26 @@ def provable_rule(plain: Any) -> Rule:
     prepend = {"type": "Prepend", "prepend": SPACE}
     if pre_tokenizer == [] and normalizer in ([replace], [prepend, replace]):
         vocabulary = plain.get_vocab()
-        byte_pieces = {f"<0x{byte:02X}>" for byte in range(256)}
-        merged_bytes = any(
-            "<0x" in piece and any(byte in piece for byte in byte_pieces - {piece}) for piece in vocabulary
-        )
-        reaches_over = any(SPACE in piece.lstrip(SPACE) for piece in vocabulary)
+        pieces = "\0".join(vocabulary)
+        merged_bytes = re.search(r"[^\0]<0x[0-9A-F]{2}>|<0x[0-9A-F]{2}>[^\0]", pieces)
+        reaches_over = re.search(rf"[^\0{SPACE}]{SPACE}", pieces)
         # With ignore_merges a text that is a piece as a whole is never merged, and a unit of it may be.
-        complete = model.byte_fallback and byte_pieces <= vocabulary.keys()
+        complete = model.byte_fallback and {f"<0x{byte:02X}>" for byte in range(256)} <= vocabulary.keys()
         if complete and not merged_bytes and not reaches_over and not model.ignore_merges:
             units = Tokenizer(model)
             units.normalizer = normalizers.Replace(" ", SPACE)
-            return Rule(units, _places_by_pieces(vocabulary), lead=" " if prepend in normalizer else "")
+            return Rule(units, _places_by_pieces(pieces), lead=" " if prepend in normalizer else "")
     return whole
 
 
-def _places_by_pieces(vocabulary: Iterable[str]) -> "NDArray[Any]":
-    """Cuts between two characters of ASCII that no piece holds side by side, and before spaces."""
+def _places_by_pieces(pieces: str) -> "NDArray[Any]":
+    """Cuts between two characters of ASCII that no piece holds side by side, and before spaces. A NUL stands between
+    the pieces."""
     import numpy as np
 
     places = _places_before_spaces()
     places[:128, :128] = YES
-    letters = np.frombuffer("\0".join(vocabulary).replace(SPACE, " ").encode(), np.uint8)
+    letters = np.frombuffer(pieces.replace(SPACE, " ").encode(), np.uint8)
     left, right = letters[:-1], letters[1:]
     ascii = (left | right) < 128
     places[left[ascii], right[ascii]] = NO

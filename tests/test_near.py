@@ -6,8 +6,8 @@ import random
 import pytest
 from prepare_stage import REAL_DATA, Stage, real_data, some_rows
 
-from retuner.naming import chat_id
-from retuner.sketch import words_of
+from retuner.naming import chat_id, folded
+from retuner.sketch import words_in
 
 
 @pytest.fixture
@@ -170,10 +170,10 @@ def test_the_same_resemblance_in_scripts_without_spaces(stage):
 
 def test_words_are_letters_and_digits_whatever_the_path_they_take():
     def words(text):
-        return [word.decode() for word in words_of([{"role": "user", "content": text}])]
+        return words_in(folded(text)).decode().split()
 
     plain = "It's 3.5 x_1 (Yes!)"
     assert words(plain) == ["it", "s", "3", "5", "x_1", "yes"]
     assert words(plain + " é") == [*words(plain), "é"]
+    assert words("(a’b)Ça-c") == ["a", "b", "ça", "c"] and words("Straße…STRASSE") == ["strasse"] * 2
     assert words("我们 go") == ["我", "们", "go"] and words("…") == words(" !") == []
-    assert words_of([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]) == [b"u"]

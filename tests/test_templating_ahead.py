@@ -123,8 +123,9 @@ from retuner.rendering import Renderer
 base, path, memo = map(Path, sys.argv[1:])
 templating_ahead.WORTH_BYTES = 0
 lines = ChatLines(path)
-with templating_ahead.TemplatingAhead(Renderer(load_tokenizer(base)), memo, helpers=2) as ahead:
-    with ahead.taking(lines, deque(lines.batches(np.arange(len(lines))))) as helped:
+renderer = Renderer(load_tokenizer(base))
+with templating_ahead.TemplatingAhead(memo, missing_bytes=1, helpers=2) as ahead:
+    with ahead.taking(renderer, lines, deque(lines.batches(np.arange(len(lines))))) as helped:
         while not helped.rows:
             pass
         print("read", flush=True)
