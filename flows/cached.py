@@ -29,7 +29,7 @@ def cached_version(run: RunContext) -> ModelVersion | None:
 class Reason:
     stage: str
     state: str
-    """`cached`, `changed`, `new`, `gone` or `follows`."""
+    """`cached`, `changed`, `new`, `damaged`, `gone` or `follows`."""
     fingerprint: str | None
     changes: tuple[str, ...] = ()
 
@@ -39,10 +39,11 @@ def reasons(run: RunContext) -> list[Reason]:
     told: list[Reason] = []
 
     def tell(step: Step[Any]) -> Artifact[Any]:
+        was_there = run.store.folder(fingerprint(step.identity(run))).exists()
         if found := look_up(run, step):
             told.append(Reason(step.stage, "cached", found.fingerprint))
             return found
-        told.append(_reason(run, step))
+        told.append(_reason(run, step, was_there))
         raise NotCached(step)
 
     try:
@@ -53,11 +54,15 @@ def reasons(run: RunContext) -> list[Reason]:
     return told
 
 
-def _reason(run: RunContext, step: Step[Any]) -> Reason:
+def _reason(run: RunContext, step: Step[Any], was_there: bool) -> Reason:
     identity = step.identity(run)
     name = fingerprint(identity)
     if run.store.manifest(name):
         return Reason(step.stage, "gone", name, ("the registry no longer holds the version",))
+    if was_there:
+        return Reason(
+            step.stage, "damaged", name, ("its bytes are not what they were; the copy is set aside",)
+        )
     earlier = [m for m in run.store.manifests() if m["stage"] == step.stage]
     if not earlier:
         return Reason(step.stage, "new", name, ("never computed in this store",))

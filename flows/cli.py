@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -87,7 +88,7 @@ def why(params: ParamsFile, set_: Overrides = [], as_json: AsJson = False, debug
     from dataclasses import asdict
 
     from flows.cached import reasons
-    from retuner.params import load
+    from retuner.params_file import load
     from tasks.context import open_context
 
     told = reasons(open_context(load(params, tuple(set_)), load_runtime()))
@@ -130,7 +131,7 @@ def accept(
 ) -> None:
     """Keep a stage's result although its code changed: the change is known not to alter it."""
     from flows.cached import accept_code_change
-    from retuner.params import load
+    from retuner.params_file import load
     from tasks.context import open_context
 
     source = accept_code_change(open_context(load(params, tuple(set_)), load_runtime()), stage, because)
@@ -294,6 +295,9 @@ def gc(
         int, typer.Option(help="Versions of each model whose results stay, besides aliases.")
     ] = 5,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    forget: Annotated[
+        list[str], typer.Option(help="A model that was deleted from the registry for good.")
+    ] = [],
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -302,7 +306,7 @@ def gc(
 
     from flows.collect import collect
 
-    done = collect(load_runtime(), keep, dry_run)
+    done = collect(load_runtime(), keep, dry_run, forget)
     if as_json:
         print_json(asdict(done))
         return
@@ -351,14 +355,14 @@ def main() -> None:
             _fail(_stopped_by("Ctrl-C"), code)
     except RetunerError as error:
         if debug:
-            raise
+            traceback.print_exc()
         code = _fail(error)
     except Terminated:
         code = _fail(_stopped_by("SIGTERM"), TERMINATED)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - said in one line, and whole with --debug
         usage = getattr(error, "format_message", None)
         if debug:
-            raise
+            traceback.print_exc()
         if usage:  # click's own: a wrong argument
             code = _fail(RetunerError(usage(), do="retuner --help"), code=2)
         else:

@@ -29,7 +29,7 @@ PACKAGES = ("flows", "retuner", "tasks")
 def answer_from_receipt(params: Path, overrides: tuple[str, ...], runtime: Runtime) -> dict[str, Any] | None:
     """The summary of a run that has nothing to do, or None when that is not certain."""
     try:
-        receipt = json.loads(_place(params, overrides, runtime).read_bytes())
+        receipt = json.loads(_place(question_of(params, overrides), runtime).read_bytes())
         dvc_file = Path(receipt["dvc_file"])
         if hashlib.sha256(dvc_file.read_bytes()).hexdigest() != receipt["dvc_sha256"]:
             return None
@@ -73,10 +73,8 @@ def _would_start_alike(inputs: dict[str, Any], made: dict[str, Any], runtime: Ru
     return tags.get("adapter_sha256") in (inputs["warm_start"], made["adapter_sha256"])
 
 
-def keep_receipt(
-    params: Path, overrides: tuple[str, ...], runtime: Runtime, dataset: Dataset, stages: dict[str, str]
-) -> None:
-    """Remember what a finished run ended in."""
+def keep_receipt(question: str, runtime: Runtime, dataset: Dataset, stages: dict[str, str]) -> None:
+    """Remember what a finished run of this question ended in."""
     receipt = {
         "dvc_file": dataset.dvc_file,
         "dvc_sha256": hashlib.sha256(Path(dataset.dvc_file).read_bytes()).hexdigest(),
@@ -84,7 +82,7 @@ def keep_receipt(
         "data_md5": dataset.md5,
         "stages": list(stages.items()),
     }
-    write_whole(_place(params, overrides, runtime), json.dumps(receipt).encode())
+    write_whole(_place(question, runtime), json.dumps(receipt).encode())
 
 
 def show_nothing_to_do(summary: dict[str, Any]) -> None:
@@ -94,7 +92,8 @@ def show_nothing_to_do(summary: dict[str, Any]) -> None:
     print(outcome(summary))
 
 
-def _place(params: Path, overrides: tuple[str, ...], runtime: Runtime) -> Path:
+def question_of(params: Path, overrides: tuple[str, ...]) -> str:
+    """A digest of everything a run reads before it looks into the store, as it is now. Errors: OSError."""
     question = hashlib.sha256(params.read_bytes())
     question.update(json.dumps([overrides, sys.version, str(Path.cwd())]).encode())
     question.update(_installed().encode())
@@ -102,7 +101,11 @@ def _place(params: Path, overrides: tuple[str, ...], runtime: Runtime) -> Path:
         for path in sorted((PROJECT / package).rglob("*.py")):
             source = hashlib.sha256(path.read_bytes()).hexdigest()
             question.update(f"{path.relative_to(PROJECT)} {source}\n".encode())
-    return runtime.home / "receipts" / f"{question.hexdigest()}.json"
+    return question.hexdigest()
+
+
+def _place(question: str, runtime: Runtime) -> Path:
+    return runtime.home / "receipts" / f"{question}.json"
 
 
 def _installed() -> str:

@@ -11,7 +11,7 @@ from retuner.dataset import open_dataset
 from retuner.errors import Refused, Unavailable
 from retuner.files import sha256_file
 from retuner.held_out import EarlierSet, HeldOutSets
-from retuner.params import check
+from retuner.params_file import check
 from retuner.runtime import Runtime
 from retuner.store import Store
 from retuner.warm_start import registered_start
@@ -50,7 +50,10 @@ def replay(runtime: Runtime, model: str, version: int, observer: RunObserver) ->
         )
     runtime.home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runtime.home, prefix="replay-") as place:
-        apart = replace(runtime, home=Path(place, "home"), tracking_uri=f"sqlite:///{place}/mlflow.db")
+        # Nothing may come from where the version's own results lie, or its bytes would be compared with themselves.
+        apart = replace(
+            runtime, home=Path(place, "home"), tracking_uri=f"sqlite:///{place}/mlflow.db", store_remote=None
+        )
         sets = _sets_of(runtime, apart, model, lineage, Path(place), observer)
         dataset = open_dataset(_data_of(lineage["data"], Path(place, "project")))
         run = RunContext(params, apart, dataset, observer, given_sets=sets)

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from flows.cached import cached_version
-from flows.receipts import keep_receipt
+from flows.receipts import keep_receipt, question_of
 from flows.servers import prefect_environment, running_prefect
 from flows.summary import summarise
 from retuner import tracking
 from retuner.errors import Unavailable
-from retuner.params import load
+from retuner.params_file import load
 from retuner.runtime import Runtime
 from tasks.context import open_context
 
@@ -24,7 +24,9 @@ def prefect_server(runtime: Runtime) -> str | None:
 
 def run_pipeline(params: Path, overrides: tuple[str, ...], runtime: Runtime) -> dict[str, Any]:
     """Errors: Refused and Unavailable before any model loads where that is possible."""
-    context = open_context(load(params, overrides), runtime)
+    asked = load(params, overrides)
+    question = question_of(params, overrides)
+    context = open_context(asked, runtime)
     tracking.check_reachable(runtime)
     api = prefect_server(runtime)
     if api is None and cached_version(context):
@@ -34,10 +36,11 @@ def run_pipeline(params: Path, overrides: tuple[str, ...], runtime: Runtime) -> 
             _check_prefect(api)
             os.environ["PREFECT_API_URL"] = api
         summary = _run_flow(params, overrides, runtime)
-    if context.params.base.source != "local":
-        # The bytes of a local base are not part of the question that a receipt answers.
+    # The bytes of a local base are not part of the question that a receipt answers. And where a file of it was
+    # edited while the run went on, nobody knows which of the two this is the answer to.
+    if context.params.base.source != "local" and question_of(params, overrides) == question:
         stages = {stage["name"]: stage["fingerprint"] for stage in summary["stages"]}
-        keep_receipt(params, overrides, runtime, context.dataset, stages)
+        keep_receipt(question, runtime, context.dataset, stages)
     return summary
 
 

@@ -53,7 +53,9 @@ class CheckpointSharing:
         for name in there:
             draft = self.work / "brought" / name
             try:
-                if checkpoints.step_of(name) in here or not self.shared.bring(f"{self.place}/{name}", draft):
+                if checkpoints.step_of(name) in here:
+                    continue
+                if not self.shared.bring(f"{self.place}/{name}", draft, self.say):
                     continue
                 if reason := checkpoints.why_broken(draft):
                     self.say(

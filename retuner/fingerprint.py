@@ -35,7 +35,7 @@ def library_versions(names: tuple[str, ...]) -> dict[str, str]:
         return {name: version(name).partition("+")[0] for name in sorted(names)}
     except PackageNotFoundError as error:
         raise Unavailable(
-            f"the package {error.name} is not installed", "what the lock pins", "run `make setup`"
+            f"the package {error.name} is not installed", "what the lock pins", "run `make -B setup`"
         ) from None
 
 

@@ -81,14 +81,24 @@ def _answer(
 ) -> tuple[int, bytes]:
     from http.client import HTTPException
     from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
+    from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
+
+    class SameHost(HTTPRedirectHandler):
+        """Credentials are for the server that was asked, wherever it points."""
+
+        def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> Any:
+            new = super().redirect_request(req, fp, code, msg, headers, newurl)
+            if new and (new.type, new.host) != (req.type, req.host):
+                new.remove_header("Authorization")
+            return new
 
     # S310: the callers have seen that the scheme is http or https.
     request = Request(address, body, {"Content-Type": "application/json"}, method=method)  # noqa: S310
     if authorization:
         request.add_header("Authorization", authorization)
     try:
-        with urlopen(request, timeout=timeout_seconds, context=_tls(address)) as response:  # noqa: S310
+        opener = build_opener(SameHost, HTTPSHandler(context=_tls(address)))
+        with opener.open(request, timeout=timeout_seconds) as response:
             return response.status, response.read()
     except HTTPError as error:
         if error.code < 500 and error.code not in TRY_LATER:
@@ -105,15 +115,14 @@ def _answer(
 
 
 def _authorization(parts: Any) -> str | None:
-    """As mlflow's client finds it: the token, the user and password of the environment, or of the URI."""
+    """As mlflow's client finds it: the user and password of the environment, or of the URI; else the token."""
     from urllib.parse import unquote
 
-    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        return f"Bearer {token}"
     user = os.environ.get("MLFLOW_TRACKING_USERNAME") or unquote(parts.username or "")
     password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or unquote(parts.password or "")
-    if not user:
-        return None
+    if not (user and password):
+        token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+        return f"Bearer {token}" if token else None
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 

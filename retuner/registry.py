@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +173,7 @@ def model_names(runtime: Runtime) -> list[str]:
     if path and not path.exists():
         return []
     with mlflow_said(runtime):
-        return sorted(found.name for found in mlflow_client(runtime).search_registered_models())
+        return sorted(found.name for found in _all(mlflow_client(runtime).search_registered_models))
 
 
 def tags_to_keep(runtime: Runtime, model_name: str, last: int) -> list[dict[str, str]]:
@@ -188,7 +188,7 @@ def tags_to_keep(runtime: Runtime, model_name: str, last: int) -> list[dict[str,
 def all_tags(runtime: Runtime, model_name: str) -> dict[int, dict[str, str]]:
     """The tags of every version, through mlflow."""
     with mlflow_said(runtime):
-        found = mlflow_client(runtime).search_model_versions(f"name = '{model_name}'")
+        found = list(_all(mlflow_client(runtime).search_model_versions, f"name = '{model_name}'"))
     return {int(version.version): dict(version.tags) for version in found}
 
 
@@ -240,10 +240,23 @@ def versions_of(runtime: Runtime, model_name: str, adapter_sha256: str) -> list[
 
 
 def version_of_run(runtime: Runtime, model_name: str, run_id: str) -> int | None:
-    """The version that an MLflow run registered, None where there is none."""
+    """The version that an MLflow run registered or was the last to decide about, None where there is none."""
+    search = mlflow_client(runtime).search_model_versions
     with mlflow_said(runtime):
-        found = mlflow_client(runtime).search_model_versions(f"name = '{model_name}' AND run_id = '{run_id}'")
-        return min((int(version.version) for version in found), default=None)
+        for of_run in (f"run_id = '{run_id}'", f"tags.run_id = '{run_id}'"):
+            if found := [int(each.version) for each in _all(search, f"name = '{model_name}' AND {of_run}")]:
+                return min(found)
+    return None
+
+
+def _all(search: Callable[..., Any], *asked: str) -> Iterator[Any]:
+    """What MLflow finds, page by page."""
+    token = None
+    while True:
+        page = search(*asked, page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
 
 
 def _ensure_model(client: MlflowClient, model_name: str) -> None:

@@ -5,7 +5,7 @@ dataclass, because a fully cached run ends before pydantic alone would have been
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,21 @@ def load_runtime(**flags: object) -> Runtime:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    return Runtime(**{name: value for name, value in flags.items() if value is not None})  # type: ignore[arg-type]
+    runtime = Runtime(**{name: value for name, value in flags.items() if value is not None})  # type: ignore[arg-type]
+    return _without_secrets(runtime)
+
+
+def _without_secrets(runtime: Runtime) -> Runtime:
+    """A user and a password in the address of MLflow go where its client looks for them too: what fails later speaks
+    of the address."""
+    from urllib.parse import unquote, urlsplit, urlunsplit
+
+    parts = urlsplit(runtime.mlflow_uri)
+    if parts.scheme not in ("http", "https") or parts.username is None:
+        return runtime
+    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username))
+    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
+    return replace(runtime, tracking_uri=urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])))
 
 
 def person() -> str:

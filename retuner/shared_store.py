@@ -25,32 +25,46 @@ def work_of(fingerprint: str) -> str:
     return f"work/{fingerprint}"
 
 
+def _shown(name: str) -> str:
+    return name.rpartition("/")[2][:12]
+
+
 class SharedStore:
     def __init__(self, url: str):
         self.url = url
         self._opened: tuple[AbstractFileSystem, str] | None = None
 
-    def bring(self, name: str, into: Path) -> bool:
-        """Copy a result into the new folder `into`; False when it is not there.
+    def bring(self, name: str, into: Path, say: Callable[[str], None]) -> bool:
+        """Copy a result into the new folder `into`; False when it is not there, or not whole, which is said.
 
         Errors: Unavailable when the place cannot be reached.
         """
         files, root = self._open()
         try:
-            manifest = json.loads(files.cat_file(f"{root}/{name}/{MANIFEST}"))
+            text = files.cat_file(f"{root}/{name}/{MANIFEST}")
         except FileNotFoundError:
             return False
         except Exception as error:  # each file system has its own
             raise self._unavailable(error) from error
         try:
-            for relpath in [MANIFEST, *manifest["files"]]:
-                target = (into / relpath).resolve()
-                if not target.is_relative_to(into.resolve()):
-                    raise ValueError(f"the manifest names {relpath}")
-                target.parent.mkdir(parents=True, exist_ok=True)
+            relpaths = [MANIFEST, *json.loads(text)["files"]]
+            targets = [(into / relpath).resolve() for relpath in relpaths]
+            if not all(target.is_relative_to(into.resolve()) for target in targets):
+                raise ValueError("it names files outside of its folder")
+        except (ValueError, KeyError, TypeError) as error:
+            say(
+                f"the copy of {_shown(name)} in the shared store is damaged and not used: its manifest ({error})"
+            )
+            return False
+        for relpath, target in zip(relpaths, targets, strict=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
                 files.get_file(f"{root}/{name}/{relpath}", str(target))
-        except Exception as error:
-            raise self._unavailable(error) from error
+            except FileNotFoundError:
+                say(f"the copy of {_shown(name)} in the shared store is not used: {relpath} is gone")
+                return False
+            except Exception as error:
+                raise self._unavailable(error) from error
         return True
 
     def send(self, name: str, folder: Path, say: Callable[[str], None]) -> None:
@@ -101,5 +115,5 @@ class SharedStore:
         return Unavailable(
             f"the shared store {self.url} cannot be read ({type(error).__name__}: {error})",
             "the place that RETUNER_STORE_REMOTE names",
-            "check its address and credentials (for s3://, make setup EXTRAS=s3), or unset RETUNER_STORE_REMOTE",
+            "check its address and credentials (for s3://, make -B setup EXTRAS=s3), or unset RETUNER_STORE_REMOTE",
         )

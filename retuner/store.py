@@ -4,6 +4,7 @@
     drafts/<fingerprint>-*/        being written; removed when their writer is gone
     work/<fingerprint>/            what a stage keeps across a kill (checkpoints, see `retuner.checkpoint_sharing`)
     locks/<fingerprint>            held, by the kernel's lock, while one process computes
+    locks/in-use                   shared by runs, held alone while results are removed
     quarantine/                    results whose bytes no longer are what their manifest says
     seen/<fingerprint>.json        size, times and inode of large files when they were last hashed
 
@@ -12,6 +13,8 @@ A result exists when its manifest does, and the manifest comes with the one rena
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +25,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from retuner.errors import Refused, Unavailable
 from retuner.files import disk_full_said, fsync_folder, fsync_tree, sha256_file, write_whole
@@ -55,6 +58,7 @@ class Store:
         self.root = root
         self.say = say
         self.shared = SharedStore(shared_url) if shared_url else None
+        self._held: IO[bytes] | None = None
 
     def folder(self, name: str) -> Path:
         return self.root / "objects" / name
@@ -104,9 +108,7 @@ class Store:
                 made = build(draft, work)
                 manifest = self._seal(stage, identity, draft, made, time.time() - began)
                 fsync_tree(draft)
-                self.folder(name).parent.mkdir(parents=True, exist_ok=True)
-                os.rename(draft, self.folder(name))
-                fsync_folder(self.folder(name).parent)
+                manifest = self._publish(stage, name, draft) or manifest
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
             shutil.rmtree(work, ignore_errors=True)
@@ -150,6 +152,33 @@ class Store:
             os.rename(draft, self.folder(name))
         return source
 
+    def hold(self) -> None:
+        """From now on, as long as this store is used, nothing is collected from it."""
+        if self._held is None:
+            self._held = self._opened_hold()
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.say("results are being removed from the store; waiting for the end of it")
+                fcntl.flock(self._held, fcntl.LOCK_SH)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While nobody holds the store. Errors: Refused when somebody does."""
+        with self._opened_hold() as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refused(
+                    "a run is going on", "no run while results are removed", "try again after it"
+                ) from None
+            yield
+
+    def _opened_hold(self) -> IO[bytes]:
+        path = self.root / "locks" / "in-use"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab")
+
     @contextmanager
     def lock(self, name: str, what: str) -> Iterator[None]:
         """One process at a time; the kernel lets go when the holder dies, however it dies."""
@@ -190,12 +219,11 @@ class Store:
         draft = self.root / "drafts" / f"{name}-{uuid.uuid4().hex[:8]}"
         with disk_full_said(self.root):
             try:
-                if not self.shared or not self.shared.bring(name, draft):
+                if not self.shared or not self.shared.bring(name, draft, self.say):
                     return False
                 self._check_files(name, self._checked_manifest(name, draft), every_byte=True, folder=draft)
                 fsync_tree(draft)
-                self.folder(name).parent.mkdir(parents=True, exist_ok=True)
-                os.rename(draft, self.folder(name))
+                self._publish(stage, name, draft)
             except Broken as reason:
                 self.say(f"{stage}: the copy in the shared store is damaged and not used: {reason}")
                 return False
@@ -203,6 +231,23 @@ class Store:
                 shutil.rmtree(draft, ignore_errors=True)
         self.say(f"{stage}: brought from the shared store")
         return True
+
+    def _publish(self, stage: str, name: str, draft: Path) -> dict[str, Any] | None:
+        """One rename. Where another process was first, with what it made or brought, and that is whole, it stands: its
+        manifest is returned."""
+        place = self.folder(name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                os.rename(draft, place)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                if stands := self.verified_manifest(stage, name):
+                    return stands
+            else:
+                fsync_folder(place.parent)
+                return None
 
     def _seal(
         self, stage: str, identity: dict[str, Any], draft: Path, made: Facts, seconds: float

@@ -271,7 +271,7 @@ def mlflow_said(runtime: Runtime) -> Iterator[None]:
         if not (_is_unreachable(error) or any(word in str(error) for word in CONTENTION)):
             raise
         raise Unavailable(
-            f"MLflow at {where} failed: {str(error).splitlines()[0][:300]}",
+            f"MLflow at {where} failed: {(str(error).splitlines() or [type(error).__name__])[0][:300]}",
             "an MLflow that answers and accepts our credentials",
             "see that it runs and that MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD are set if it wants "
             "them, then run the same command again: what is finished is not done twice",

@@ -54,7 +54,9 @@ class RunContext:
 
     @cached_property
     def store(self) -> Store:
-        return Store(self.runtime.store, self.observer.say, self.runtime.store_remote)
+        store = Store(self.runtime.store, self.observer.say, self.runtime.store_remote)
+        store.hold()
+        return store
 
     @cached_property
     def held_out_sets(self) -> held_out.HeldOutSets:

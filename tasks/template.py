@@ -12,8 +12,9 @@ from tasks.step import Step
 
 def template(run: RunContext, splits: Splits, base: Base, params: TemplateParams) -> Step[ChatsFacts]:
     """Token ids and the loss mask, laid out by the base's own chat template."""
-
-    # Only the tokenizer of the base matters here: other weights under it are no reason to run again.
+    # Only the tokenizer of the base matters here: other weights under it are no reason to run again. How many tokens
+    # the base takes is no part of the result either, so it is asked whether or not there is one.
+    templating.check_room(base, params)
     tokenizer = {"tokenizer": base.facts.tokenizer_sha256, "template": base.facts.template_sha256}
     libraries = ("jinja2", "numpy", "pyarrow", "tokenizers", "transformers")
 

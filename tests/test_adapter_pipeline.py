@@ -8,7 +8,7 @@ import pytest
 from dvc.repo import Repo
 from projects import make_project, retrain, states
 
-from flows.receipts import answer_from_receipt, keep_receipt
+from flows.receipts import answer_from_receipt, keep_receipt, question_of
 from flows.replay import replay
 from retuner import registry, registry_reads
 from retuner.errors import Refused
@@ -17,6 +17,7 @@ from retuner.generation import Answerer
 from retuner.lora import WEIGHTS
 from retuner.runtime import load_runtime
 from tasks.context import Quiet
+from tasks.record import StageRecord
 
 KINDS = {
     "dora": ("train.lora.dora=true",),
@@ -27,6 +28,16 @@ KINDS = {
         "train.max_steps=30",
     ),
 }
+
+
+class Heard(Quiet):
+    def __init__(self) -> None:
+        self.states: set[str] = set()
+
+    def finished(self, record: StageRecord) -> None:
+        self.states.add(record.state)
+
+
 ON = ("register.promote=when_gate_passes", "train.warm_start=production")
 
 
@@ -71,10 +82,12 @@ def test_a_warm_start_begins_as_production_and_its_own_promotion_changes_nothing
     assert registry_reads.read_alias(first.runtime, "smoke", "production") == 1
     assert set(states(retrain(ON, home=home)).values()) == {"cached"}
 
-    keep_receipt(Path("params.yaml"), ON, first.runtime, first.dataset, fingerprints(first))
+    question = question_of(Path("params.yaml"), ON)
+    keep_receipt(question, first.runtime, first.dataset, fingerprints(first))
     assert answer_from_receipt(Path("params.yaml"), ON, first.runtime)
 
-    second = retrain((*ON, "train.seed=1"), home=home)
+    shared = f"file://{home.with_name('shared')}"
+    second = retrain((*ON, "train.seed=1"), home=home, store_remote=shared)
     begun = result(first, "train")[1]["facts"]["sha256"]
     assert result(second, "train")[1]["identity"]["inputs"]["warm_start"] == begun
     assert registry_reads.read_alias(first.runtime, "smoke", "production") == 2
@@ -90,6 +103,9 @@ def test_a_warm_start_begins_as_production_and_its_own_promotion_changes_nothing
             config["remote"]["store"] = {"url": str(home.with_name("dvcstore"))}
             config["core"]["remote"] = "store"
         repo.push()
-    again = replay(replace(load_runtime(), home=home), "smoke", 2, Quiet())
+    heard = Heard()
+    again = replay(replace(load_runtime(), home=home, store_remote=shared), "smoke", 2, heard)
     assert again.same
     assert again.differences == ()
+    # The bytes are made again, and not brought from where the version's own results lie.
+    assert heard.states == {"computed"}

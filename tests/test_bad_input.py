@@ -38,6 +38,12 @@ def test_params_that_are_not_there(project):
     fails(project, 2, "there is no nothing.yaml", arguments=("run", "nothing.yaml"))
 
 
+def test_debug_adds_a_traceback_and_changes_nothing_else(project):
+    done = retuner(project, project / "home", "run", "nothing.yaml", "--json", "--debug")
+    assert done.returncode == 2 and "Traceback" in done.stderr
+    assert json.loads(done.stdout)["exit_code"] == 2
+
+
 def test_params_that_are_broken_as_json_too(project):
     arguments = ("run", "params.yaml", "--set", "train.lora.rnk=3", "--json")
     done = retuner(project, project / "home", *arguments)

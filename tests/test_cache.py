@@ -3,12 +3,30 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from projects import add_to_dvc, chats, copy_code, make_project, retrain, retuner, states, write_chats
+from projects import (
+    add_to_dvc,
+    chats,
+    copy_code,
+    environment,
+    make_project,
+    retrain,
+    retuner,
+    states,
+    write_chats,
+)
 
 from flows.pipeline import STAGES
+from retuner.errors import Refused
+from retuner.registry import fetch_lineage
+from retuner.runtime import Runtime
+from retuner.store import Store
 
 ALL_CACHED = dict.fromkeys(STAGES, "cached")
 
@@ -159,13 +177,99 @@ def test_an_edited_helper_runs_the_stage_that_reaches_it(home, tmp_path, stage, 
     assert all(told[name] == "follows" for name in STAGES[place + 1 :])
 
 
-def test_an_accepted_code_change_serves_the_old_result_and_says_so_in_the_lineage(home, tmp_path):
+def test_an_accepted_code_change_serves_the_old_result_and_later_versions_tell_of_it(home, tmp_path):
     code = copy_code(tmp_path / "code")
     edit(code / "retuner" / "naming.py", "< limit_of(", "<= limit_of(")
     because = ("--stage", "prepare", "--because", "equality never happens")
     done = retuner(Path.cwd(), home, "accept", "params.yaml", *because, PYTHONPATH=str(code))
     assert done.returncode == 0, done.stderr
     assert set(why(code, home).values()) == {"cached"}
+    again = retuner(Path.cwd(), home, "run", "params.yaml", "--set", "train.seed=1", PYTHONPATH=str(code))
+    assert again.returncode == 0, again.stderr
+    lineage = fetch_lineage(Runtime(home=home), "smoke", 2)
+    assert lineage["stages"]["prepare"]["accepted"]["because"] == "equality never happens"
+
+
+def test_a_base_with_less_room_is_refused_though_the_rows_are_cached(home, tmp_path):
+    fetched = {record.name: record.fingerprint for record in retrain(home=home).records}["fetch_base"]
+    shutil.copytree(home / "store" / "objects" / fetched, tmp_path / "base")
+    edit(
+        tmp_path / "base" / "config.json", '"max_position_embeddings": 4096', '"max_position_embeddings": 64'
+    )
+    local = f"base={{source: local, path: {tmp_path / 'base'}}}"
+    with pytest.raises(Refused, match=r"template.max_tokens is 128, but the base takes 64"):
+        retrain((local,), home=home)
+
+
+def test_why_says_that_a_result_is_damaged(home):
+    (reason,) = [each for each in retrain(home=home).records if each.name == "train"]
+    (home / "store" / "objects" / reason.fingerprint / "adapter_config.json").write_text("{}")
+    told = why(Path(__file__).parents[1], home)
+    assert told["train"] == "damaged" and told["evaluate"] == "follows"
+
+
+def test_params_that_are_edited_while_a_run_goes_on_are_not_answered_by_it(home):
+    asked = ("run", "params.yaml", "--set", "evaluate.max_new_tokens=6", "--json")
+    running = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *asked],
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    while not list((home / "running").glob("*.json")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    edit(Path("params.yaml"), "resamples: 200", "resamples: 201")
+    running.communicate()
+    assert running.returncode == 0
+    again = retuner(Path.cwd(), home, *asked)
+    told = {stage["name"]: stage["state"] for stage in json.loads(again.stdout)["stages"]}
+    assert told == from_("register")
+
+
+# --- removing what nothing reaches
+
+
+def collected(home: Path, *arguments: str, code: int = 0, **more: str) -> dict[str, Any]:
+    done = retuner(Path.cwd(), home, "gc", "--json", *arguments, **more)
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_what_the_last_versions_and_aliases_were_made_from_stays_and_the_rest_goes(home):
+    retrain(("train.seed=1",), home=home)
+    retrain(("train.seed=2",), home=home)
+    assert collected(home, "--keep", "9")["removed"] == []
+    # Version 1 is in no alias, and not among the last two.
+    would = collected(home, "--keep", "2", "--dry-run")["removed"]
+    assert len(would) == 3 and collected(home, "--keep", "2")["removed"] == would
+    assert states(retrain(("train.seed=2",), home=home)) == ALL_CACHED
+    assert states(retrain(home=home)) == from_("train")
+
+
+def test_a_result_stays_whichever_code_it_is_asked_for_by(home, tmp_path):
+    code = copy_code(tmp_path / "code")
+    edit(code / "retuner" / "naming.py", "< limit_of(", "<= limit_of(")
+    because = ("--stage", "prepare", "--because", "equality never happens")
+    assert retuner(Path.cwd(), home, "accept", "params.yaml", *because, PYTHONPATH=str(code)).returncode == 0
+    collected(home, PYTHONPATH=str(code))
+    assert set(why(code, home).values()) == {"cached"}
+
+
+def test_with_another_registry_nothing_is_removed(home, tmp_path):
+    elsewhere = {"RETUNER_TRACKING_URI": f"sqlite:///{tmp_path}/other.db"}
+    told = collected(home, code=2, **elsewhere)["error"]
+    assert "results of smoke, which the registry" in told["found"] and "--forget smoke" in told["do"]
+    assert states(retrain(home=home)) == ALL_CACHED
+    assert len(collected(home, "--forget", "smoke", **elsewhere)["removed"]) == len(STAGES)
+
+
+def test_nothing_is_removed_while_a_run_goes_on(home):
+    running = Store(home / "store")
+    running.hold()
+    assert collected(home, code=2)["error"]["found"] == "a run is going on"
+    del running
+    collected(home)
 
 
 def test_why_names_the_setting_that_changed(home):

@@ -10,7 +10,7 @@ from projects import make_project, retrain, states
 
 from flows.cli import main
 from flows.pipeline import STAGES
-from flows.receipts import answer_from_receipt, keep_receipt
+from flows.receipts import answer_from_receipt, keep_receipt, question_of
 from flows.replay import replay
 from retuner import registry, registry_reads
 from retuner.held_out import freeze, frozen, groups_in
@@ -25,7 +25,7 @@ def prints(context: RunContext) -> dict[str, str]:
 
 
 def remember(context: RunContext, overrides: tuple[str, ...] = ()) -> None:
-    keep_receipt(PARAMS, overrides, context.runtime, context.dataset, prints(context))
+    keep_receipt(question_of(PARAMS, overrides), context.runtime, context.dataset, prints(context))
 
 
 @pytest.fixture(scope="module")

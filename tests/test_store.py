@@ -163,6 +163,42 @@ def test_an_upload_that_was_cut_off_is_no_result(tmp_path, other):
     assert other.find("train", NAME, Told) is None
 
 
+def test_what_is_gone_or_torn_in_the_shared_store_is_made_again_and_shared(tmp_path, other, said):
+    shared = f"file://{tmp_path}/shared"
+    Store(tmp_path / "first", shared_url=shared).make("train", IDENTITY, Told, build)
+    next((tmp_path / "shared").rglob("rows.txt")).unlink()
+    assert other.find("train", NAME, Told) is None and "rows.txt is gone" in said[-1]
+    manifest = next((tmp_path / "shared").rglob("manifest.json"))
+    manifest.write_bytes(manifest.read_bytes()[:100])
+    assert other.find("train", NAME, Told) is None and "its manifest" in said[-1]
+    other.make("train", IDENTITY, Told, build)
+    assert Store(tmp_path / "third", shared_url=shared).find("train", NAME, Told)
+
+
+def test_what_another_process_published_meanwhile_stands(tmp_path, store):
+    shared = f"file://{tmp_path}/shared"
+    Store(tmp_path / "first", shared_url=shared).make("train", IDENTITY, Told, build)
+
+    def late(out: Path, work: Path) -> Told:
+        assert Store(store.root, shared_url=shared).find("train", NAME, Told)
+        build(out, work)
+        return Told(rows=3)
+
+    assert store.make("train", IDENTITY, Told, late).facts.rows == 2
+    assert store.find("train", NAME, Told).facts.rows == 2
+    assert not list((store.root / "drafts").iterdir())
+
+
+def test_what_was_published_meanwhile_and_is_damaged_gives_way(tmp_path, store, said):
+    def late(out: Path, work: Path) -> Told:
+        store.folder(NAME).mkdir(parents=True)
+        (store.folder(NAME) / "manifest.json").write_text("{}")
+        return build(out, work)
+
+    assert store.make("train", IDENTITY, Told, late).facts.rows == 2
+    assert store.find("train", NAME, Told) and "set aside" in said[-1]
+
+
 WRITER = """
 import sys, time
 from pathlib import Path

@@ -490,11 +490,6 @@ def test_nothing_left_is_refused_before_any_model_loads(tmp_path, tiny):
         run_stage(tmp_path, tiny, [("h", LONG)], [("i", asked("Size?", "big"))], too_long="truncate")
 
 
-def test_more_tokens_than_the_base_takes_are_refused(tmp_path, tiny):
-    with pytest.raises(Refused, match="8,192, but the base takes 4,096"):
-        run_stage(tmp_path, tiny, [("g", LONG)], [("i", LONG)], max_tokens=8192)
-
-
 def test_a_refused_chat_is_named(tmp_path, tiny):
     bad = [{"role": "tool", "content": "x"}, *asked("Colour?", "red")]
     with pytest.raises(Refused, match=f"chat {row_id('train', 1)} .*drops what the role 'tool' says"):

@@ -24,6 +24,14 @@ def test_a_version_is_named_by_number_alias_or_run(runtime):
     assert version_named(runtime, MODEL, run_id) == 2
 
 
+def test_the_run_that_decided_again_about_an_adapter_names_its_version_too(runtime, tmp_path):
+    first = registry.tags_of(runtime, MODEL, 1)["run_id"]
+    register(runtime, tmp_path, 1.0, key="again")
+    again = registry.tags_of(runtime, MODEL, 1)["run_id"]
+    assert again != first
+    assert version_named(runtime, MODEL, again) == version_named(runtime, MODEL, first) == 1
+
+
 @pytest.mark.parametrize("name", ["production", "f" * 32, "v1"])
 def test_a_name_that_stands_for_nothing_says_what_would(runtime, name):
     with pytest.raises(Refused, match="has no version"):

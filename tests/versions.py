@@ -22,7 +22,8 @@ from retuner.artifacts import (
 )
 from retuner.dataset import DataFile, Dataset
 from retuner.files import sha256_file
-from retuner.params import Params, load
+from retuner.params import Params
+from retuner.params_file import load
 from retuner.registry_reads import Incumbent
 from retuner.runtime import Runtime
 
@@ -113,9 +114,10 @@ def register(
     passed: bool = True,
     compared_with: Incumbent | None = None,
     say=lambda line: None,
+    key: str | None = None,
 ) -> int:
     return registry.register_version(
-        some_run(runtime, key=f"key {value}"),
+        some_run(runtime, key=key or f"key {value}"),
         MODEL,
         small_adapter(folder / f"adapter-{value}", value),
         some_base(),
