@@ -4,8 +4,9 @@ Lee et al., "Deduplicating training data makes language models better" (2022), d
 the sketches is sorted at a time, in slices, so memory stays where it is while rows grow.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,14 @@ from retuner.sketch import BINS, resemblances
 
 SLICE_ROWS = 2**18
 WINDOW = 8
-"""How many others of its bucket a row is compared with, a band. Larger buckets hold rows made from one pattern: there
-the order differs from band to band, so what is missed in one is met in another."""
+"""How many others of its bucket a row is compared with, a band. Larger buckets are crowded, with rows made from one
+pattern: there the order differs from band to band, so what is missed in one is met in another."""
 PORTION, PORTION_WORDS = 2**15, 2**19
 SHOWN = 5
 LOW = np.uint64(2**32 - 1)
+
+Compare = Callable[[Any, Any], tuple[Any, Any]]
+"""For the left and the right of pairs of rows, those of the pairs that are alike."""
 
 
 @dataclass
@@ -53,11 +57,15 @@ def find_near(rows: Ordered, similarity: float, usable: Any) -> Near:
     """Looks at usable rows alone. Which pairs are met depends on the rows, not on the order they came in."""
     parents: Any = np.arange(len(rows), dtype=np.int32)
     leaks = Found(np.zeros(len(rows), bool))
+    crowded: Any = np.zeros(len(rows), np.uint32)  # a bit for each band
     for band in range(BANDS):
         for keys, members in _buckets(rows, band, usable):
             train = rows.sides[members] == 0
-            _join_train(rows, band, similarity, keys[train], members[train], parents)
-            _mark_leaks(rows, band, similarity, keys, members, train, leaks)
+            compare = partial(_alike, rows, band, similarity, crowded)
+            _join_train(compare, keys[train], members[train], parents)
+            _mark_leaks(compare, keys, members, train, leaks)
+            sizes = np.searchsorted(keys, keys, "right") - np.searchsorted(keys, keys)
+            crowded[members[sizes > WINDOW]] |= np.uint32(1 << band)
     return Near(_roots(parents, np.arange(len(rows))), leaks)
 
 
@@ -86,7 +94,7 @@ def _buckets(rows: Ordered, band: int, usable: Any) -> Iterator[tuple[Any, Any]]
         yield keys[shared], ((entries[shared] & LOW) * back & LOW).astype(np.int64)
 
 
-def _join_train(rows: Ordered, band: int, similarity: float, keys: Any, members: Any, parents: Any) -> None:
+def _join_train(compare: Compare, keys: Any, members: Any, parents: Any) -> None:
     # Neighbours first: of what they bring together, most other pairs need not be looked at.
     for distances in (range(1, 2), range(2, WINDOW + 1)):
         places = [np.flatnonzero(keys[:-distance] == keys[distance:]) for distance in distances]
@@ -95,13 +103,11 @@ def _join_train(rows: Ordered, band: int, similarity: float, keys: Any, members:
         for some in _portions(len(left)):
             one, other = left[some], right[some]
             apart = _roots(parents, one) != _roots(parents, other)
-            one, other = _alike(rows, band, similarity, one[apart], other[apart])
+            one, other = compare(one[apart], other[apart])
             _join(parents, one, other)
 
 
-def _mark_leaks(
-    rows: Ordered, band: int, similarity: float, keys: Any, members: Any, train: Any, leaks: Found
-) -> None:
+def _mark_leaks(compare: Compare, keys: Any, members: Any, train: Any, leaks: Found) -> None:
     others, held_out = keys[~train], members[~train]
     if not len(others):
         return
@@ -114,19 +120,24 @@ def _mark_leaks(
                 more = (high[some] - low[some] > distance) & ~leaks.flags[members[at[some]]]
                 row, begin, end = members[at[some]][more], low[some][more], high[some][more]
                 other = held_out[begin + (row + distance) % (end - begin)]
-                leaks.add(*_alike(rows, band, similarity, row, other))
+                leaks.add(*compare(row, other))
 
 
-def _alike(rows: Ordered, band: int, similarity: float, left: Any, right: Any) -> tuple[Any, Any]:
-    """Those of the pairs that reach the similarity, without those that an earlier band has brought together already.
+def _alike(
+    rows: Ordered, band: int, similarity: float, crowded: Any, left: Any, right: Any
+) -> tuple[Any, Any]:
+    """Those of the pairs that reach the similarity, without those that an earlier band has compared already: where a
+    bucket is crowded, it may not have. `crowded` has a bit for each band in which a row's bucket was.
 
     The sketches are looked at first, so that the words of few pairs have to be.
     """
     numbers, places = np.unique(np.concatenate([left, right]), return_inverse=True)
     one, other = np.split(places, 2)
     sketches = rows.sketches(numbers)
-    first = (sketches[one] == sketches[other]).argmax(1) == band
-    one, other, left, right = one[first], other[first], left[first], right[first]
+    earlier: Any = np.arange(band, dtype=np.uint32)
+    was_crowded = (crowded[left, None] >> earlier) & np.uint32(1) == 1
+    new = ~((sketches[one, :band] == sketches[other, :band]) & ~was_crowded).any(1)
+    one, other, left, right = one[new], other[new], left[new], right[new]
     as_bytes = sketches.view(np.uint8)
     # Different pairs of words agree in a byte once in 256; two standard deviations of the estimate, which are larger
     # than those of independent draws by a third at most, are let pass.

@@ -136,6 +136,35 @@ def test_rows_in_another_order_are_the_same_clusters(stage):
     assert stage.bytes() == expected and stage.report["duplicates"] == report["duplicates"]
 
 
+def test_near_leaks_among_rows_of_one_pattern_are_found(stage):
+    numbers = random.Random(9)
+    pattern = sentence(numbers, 30)
+    # They resemble each other less than is looked for, and yet share many buckets.
+    rows = [f"{pattern} {sentence(numbers, 12)}" for _ in range(300)]
+    copies = [" ".join([*row.split()[:-1], f"z{place}"]) for place, row in enumerate(rows)]
+    both = [{"prompt": text, "completion": "yes"} for text in rows + copies]
+    stage({"x.jsonl": both}, held_out_fraction=0.5)
+    held_out = {row["messages"][0]["content"] for row in stage.rows("held_out")}
+    apart = sum((one in held_out) != (other in held_out) for one, other in zip(rows, copies))
+    params = {"near_duplicates": {"similarity": 0.8, "policy": "report"}}
+    facts = stage({"x.jsonl": both}, held_out_fraction=0.5, **params)
+    assert apart > 100 and facts.leaks["near"] >= 0.95 * apart
+
+
+def test_near_duplicates_among_rows_of_one_pattern_are_found(stage):
+    numbers = random.Random(10)
+    pattern = sentence(numbers, 30)
+    rows = [f"{pattern} {sentence(numbers, 12)}" for _ in range(300)]
+    rows += [" ".join([*row.split()[:-1], f"z{place}"]) for place, row in enumerate(rows)]
+    params = {"near_duplicates": {"similarity": 0.8, "policy": "report"}, "split_salt": "1"}
+    facts = stage(
+        {"x.jsonl": [{"prompt": text, "completion": "yes"} for text in rows]},
+        held_out_fraction=0.01,
+        **params,
+    )
+    assert facts.duplicates["near"] >= 0.95 * 290
+
+
 def test_without_a_similarity_nothing_near_is_looked_for(stage):
     rows = [{"prompt": f"{'the same long text again ' * 9}{n}", "completion": "ok"} for n in range(50)]
     facts = stage({"x.jsonl": rows}, near_duplicates={"similarity": None, "policy": "remove"})
