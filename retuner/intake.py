@@ -3,9 +3,10 @@
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from json.encoder import encode_basestring  # type: ignore[attr-defined]
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,6 +109,17 @@ class Reading:
             for segment in self._of_block(block, found):
                 yield block.first_line, segment
 
+    def stored(self, path: Path, digest: str) -> Iterator[Segment]:
+        """The rows of a file of this sha256 that `prepare` once wrote, in order and all of them, each with its line as
+        it lies there.
+
+        They are named and sketched as redacted by the settings of today. Nothing of them is refused: marks and the
+        spelling in JSON may have made of a good row one that no user's file may have.
+        """
+        settings = [list(self.redact), self.salt]
+        name = fingerprint({"stored": digest, "settings": settings})
+        return self._remembered(name, lambda: self._segments(_stored_rows(path)))
+
     def remembers(self, block: Block, found: str | None) -> bool:
         """Whether the memo has the block, of a file of the format `found`."""
         return self.memo is not None and self.memo.has(self._name(block, found))
@@ -122,26 +134,39 @@ class Reading:
         return fingerprint({"bytes": block.sha256, "format": found, "settings": settings})
 
     def _of_block(self, block: Block, found: str | None) -> Iterator[Segment]:
+        return self._remembered(self._name(block, found), lambda: self._parsed(block, found))
+
+    def _remembered(self, name: str, read: Callable[[], Iterator[Segment]]) -> Iterator[Segment]:
         if self.memo is None:
-            yield from self._parsed(block, found)
+            yield from read()
             return
-        name = self._name(block, found)
         if pieces := self.memo.read(name):
             yield from map(Segment.unpacked, pieces)
             return
         with self.memo.write(name) as remember:
-            for segment in self._parsed(block, found):
+            for segment in read():
                 remember(segment.packed())
                 yield segment
 
     def _parsed(self, block: Block, found: str | None) -> Iterator[Segment]:
+        rows = read_block(block, self.format, self.columns, found)
+        return self._segments((row, None) for row in rows)
+
+    def _segments(self, rows: Iterable[tuple[Chat | BadRow, bytes | None]]) -> Iterator[Segment]:
         making = _Making(self.redact, self.salt)
-        for row in read_block(block, self.format, self.columns, found):
-            making.add(row)
+        for row, line in rows:
+            making.add(row, line)
             if making.is_full():
                 yield making.made()
                 making = _Making(self.redact, self.salt)
         yield making.made()
+
+
+def _stored_rows(path: Path) -> Iterator[tuple[Chat, bytes]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            row = json.loads(line)
+            yield Chat(tuple(row["messages"]), path.name, number, "messages", row.get("rejected")), line
 
 
 class _Making:
@@ -161,7 +186,8 @@ class _Making:
     def is_full(self) -> bool:
         return self.bytes >= SEGMENT_BYTES or self.rows >= SEGMENT_ROWS
 
-    def add(self, row: Chat | BadRow) -> None:
+    def add(self, row: Chat | BadRow, line: bytes | None) -> None:
+        """`line` is that of a stored row, which stays as it is; None of one that has none yet."""
         self.rows += 1
         if isinstance(row, BadRow):
             self.bad_rows.append(asdict(row))
@@ -173,7 +199,7 @@ class _Making:
             messages = said[: len(messages)]
             rejected = None if rejected is None else said[-1]["content"]
             self.redacted.update(counts)
-            if rejected is not None and is_same(messages, rejected):
+            if line is None and rejected is not None and is_same(messages, rejected):
                 bad = BadRow(
                     row.file, row.line, None, SAME_ANSWERS, "redacted, chosen and rejected are the same", ""
                 )
@@ -183,7 +209,7 @@ class _Making:
         contents = [folded(turn["content"]) for turn in messages]
         names = names_of(messages, rejected, contents)
         group = names.group.hex()
-        line = spelled_row(group, names.id.hex(), messages, rejected)
+        line = line or spelled_row(group, names.id.hex(), messages, rejected)
         self.said.append(said_in(messages, rejected))
         self.names += [names.group, names.id, names.key, names.prompt[:8], names.talk[:8]]
         self.names.append(draw_of(group, self.salt)[:8])

@@ -14,6 +14,7 @@ from retuner.errors import Refused
 from retuner.leaks import LONG, SHORT, Runs, same
 from retuner.near import SHOWN, Found, find_near
 from retuner.params import PrepareParams
+from retuner.redaction import redacted
 from retuner.rows import Ordered
 
 SHOWN_CLUSTERS = 20
@@ -49,7 +50,7 @@ def separate(
     Errors: Refused when there are leaks of a kind that params refuse.
     """
     made = Separation(np.zeros(len(rows), bool))
-    shown = _Shown(rows, sides)
+    shown = _Shown(rows, sides, params.redact)
     for kind, field_ in (("exact", "talk"), ("same_prompt", "prompt")):
         _deal_with(made, kind, same(rows, field_, ~made.removed), params, shown)
     similarity = params.near_duplicates.similarity
@@ -76,6 +77,8 @@ class _Shown:
 
     rows: Ordered
     sides: Sequence[tuple[str, Path]]
+    redact: Sequence[str]
+    """An earlier held-out set may have been stored with less redacted."""
 
     def id(self, row: int) -> str:
         high, low = self.rows.head(row)["id"].tolist()
@@ -87,7 +90,8 @@ class _Shown:
         with self.sides[self.rows.sides[row]][1].open("rb") as file:
             file.seek(int(head["place"]))
             turns = json.loads(file.read(int(head["line"])))["messages"]
-        said = next(turn["content"] for turn in turns if turn["role"] == "user")
+        asked = next(turn for turn in turns if turn["role"] == "user")
+        said = redacted([asked], self.redact)[0][0]["content"]
         return " ".join(said.split())[:SHOWN_CHARACTERS]
 
     def leak(self, train: int, held_out: int) -> dict[str, str]:

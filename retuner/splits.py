@@ -65,7 +65,7 @@ def prepare(
 
         chosen = by_name(frozen.groups) if frozen else by_draw(params.split_salt, params.held_out_fraction)
         duplicates = order(parted, rows, out, chosen)
-        _add_earlier(rows, earlier, memo)
+        _add_earlier(rows, earlier, reading)
         rows.finish()
         train, held = rows.sides == 0, rows.sides == 1
         if not train.any() or not held.any():
@@ -203,11 +203,9 @@ def _read(
         raise Refused(f"{len(refusals)} files cannot be used:\n" + "\n".join(lines), refusals[0].expected)
 
 
-def _add_earlier(rows: "Ordered", earlier: Sequence["EarlierSet"], memo: "Memo | None") -> None:
+def _add_earlier(rows: "Ordered", earlier: Sequence["EarlierSet"], reading: "Reading") -> None:
     """The rows of each earlier held-out set, as a side of their own. Errors: Unavailable when one is damaged."""
     import numpy as np
-
-    from retuner.intake import Reading
 
     for side, held_out in enumerate(earlier, 2):
         if sha256_file(held_out.path) != held_out.digest:
@@ -216,8 +214,8 @@ def _add_earlier(rows: "Ordered", earlier: Sequence["EarlierSet"], memo: "Memo |
                 held_out.digest,
                 "run the same command again: the damaged copy is set aside",
             )
-        file, read = DataFile(f"{held_out.name}.jsonl", held_out.path, held_out.path.stat().st_size, ""), 0
-        for _, segment in Reading("messages", memo=memo).segments(file):
+        read = 0
+        for segment in reading.stored(held_out.path, held_out.digest):
             heads = segment.batch.heads.copy()
             heads["place"] = read + np.cumsum(heads["line"], dtype=np.int64) - heads["line"]
             read += int(heads["line"].sum(dtype=np.int64))

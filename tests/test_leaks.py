@@ -155,6 +155,32 @@ def test_train_is_kept_apart_from_what_earlier_versions_held_out(stage, tmp_path
     assert stage.bytes()[1] == expected[1] and stage.bytes()[0] != expected[0]
 
 
+def turns(*texts: str) -> dict:
+    roles = ("user", "assistant") * len(texts)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts)]}
+
+
+def test_an_earlier_held_out_set_is_read_as_prepare_wrote_it(stage):
+    """Redaction may have made two turns the same, and the spelling in JSON a row longer than a user's may be."""
+    alike = [
+        turns(f"Mail a{n}@x.org?", "yes", f"Mail b{n}@x.org?", "yes", f"Then {n}?", "no") for n in range(6)
+    ]
+    others = [turns(f"Question {n}: {words(9, n)}?", words(5, n)) for n in range(40)]
+    backslashes = "\\" * 3 * 2**20
+    files = {"x.jsonl": alike + others, "y.csv": f"prompt,completion\n{backslashes},fine\n".encode()}
+    settings = {"files": "**/*", "redact": ["email"]}
+    held = frozen(turns("Mail [EMAIL]?"), turns(backslashes), *others[:20])
+    stage(files, **settings, frozen=held)
+    old = {row["id"]: row["messages"][0]["content"] for row in stage.rows("held_out")}
+    assert len(old) == 6 + 1 + 20
+    facts = stage(
+        files, **settings, frozen=frozen(*others[20:30]), earlier=(earlier_set("m version 1", stage),)
+    )
+    assert facts.removed["exact"] == len(old) and facts.train_rows == 10
+    for example in stage.report["leaks"]["exact"]["examples"]:
+        assert example["held_out_start"] == old[example["held_out"]][:120]
+
+
 def test_a_prompt_that_an_earlier_version_held_out_is_a_leak_however_often_it_stands_in_train(stage):
     rows = some_rows(60) + [{"prompt": "again and again", "completion": str(n)} for n in range(30)]
     held = FrozenSet("one", frozenset([group_of([{"role": "user", "content": "again and again"}])]), "")
