@@ -6,8 +6,9 @@ should not be trained on now, or two versions could no longer be compared on it.
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from retuner import registry_reads
 from retuner.errors import Refused
 from retuner.files import write_whole
+from retuner.naming import group_of
 from retuner.runtime import Runtime
 from retuner.store import Store
 
@@ -76,9 +78,11 @@ class HeldOutSets:
 
 def split_rule(prepare: Mapping[str, Any]) -> str:
     """How a run picks its held-out side, from its `prepare` params as plain values. One rule never trains on what
-    it held out."""
+    it held out. What is redacted is part of it: prompts are known by their redacted text."""
     frozen_name = prepare.get("held_out_set") or ""
-    return f"{prepare['split_salt']} {prepare['held_out_fraction']} {frozen_name}"
+    rule = f"{prepare['split_salt']} {prepare['held_out_fraction']} {frozen_name}"
+    redact = ",".join(sorted(prepare.get("redact") or ()))
+    return f"{rule} redact {redact}" if redact else rule
 
 
 def sets_of(
@@ -168,6 +172,14 @@ def groups_in(held_out: Path) -> set[str]:
         return {line[11:43].decode("ascii") for line in lines}
 
 
+def groups_redacted(rows: Path, redact: Sequence[str]) -> set[str]:
+    """What `groups_in` would find, had these kinds been redacted too."""
+    from retuner.redaction import redacted
+
+    with rows.open("rb") as lines:
+        return {group_of(redacted(json.loads(line)["messages"], redact)[0]) for line in lines}
+
+
 def _digest(groups: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(groups).encode()).hexdigest()
 
@@ -218,9 +230,12 @@ def still_same(runtime: Runtime, model_name: str, identity: Mapping[str, Any]) -
     return all(identity["inputs"].get(name) == value for name, value in today.items())
 
 
-def seen_by(runtime: Runtime, model_name: str, version: int, rule: str, held_out: Path) -> str | None:
-    """A sentence when a version may have been trained on what is in `held_out`, a held_out.jsonl of `rule`: its scores
-    on that may then be too good. None when it was split by the same rule, tells none, or saw none of it.
+def seen_by(
+    runtime: Runtime, model_name: str, version: int, rule: str, held_out: Path, redact: Sequence[str] = ()
+) -> str | None:
+    """A sentence when a version may have been trained on what is in `held_out`, a held_out.jsonl of `rule` with
+    `redact` redacted: its scores on that may then be too good. None when it was split by the same rule, tells none, or
+    saw none of it.
 
     Errors: Unavailable.
     """
@@ -231,10 +246,17 @@ def seen_by(runtime: Runtime, model_name: str, version: int, rule: str, held_out
     told = f"{model_name} version {version} was split by another rule ({theirs.strip()}, now {rule.strip()})"
     splits = registry_reads.splits_of(tags)
     store = Store(runtime.store, shared_url=runtime.store_remote)
-    if not splits or not store.verified_manifest("prepare", splits):
+    manifest = store.verified_manifest("prepare", splits) if splits else None
+    if manifest is None:
         return f"{told}: it may have been trained on what is held out now, and score too well on it"
-    now = groups_in(held_out)
-    seen = len(now & groups_in(store.folder(splits) / "train.jsonl"))
+    train = store.folder(splits) / "train.jsonl"
+    their_redact = manifest["identity"]["params"].get("redact") or ()
+    if set(redact) == set(their_redact):
+        now, then = groups_in(held_out), groups_in(train)
+    else:
+        # What either has redacted is redacted in both, or the prompts could not be told to be the same.
+        now, then = groups_redacted(held_out, their_redact), groups_redacted(train, redact)
+    seen = len(now & then)
     if not seen:
         return None
     share = f"{seen:,} of the {len(now):,} prompts held out now"

@@ -123,7 +123,8 @@ def _decision(
     if incumbent is None:
         return decision
     rows = splits.path / "held_out.jsonl"
-    warning = held_out.seen_by(run.runtime, params.model_name, incumbent.version, rule, rows)
+    redact = run.params.prepare.redact
+    warning = held_out.seen_by(run.runtime, params.model_name, incumbent.version, rule, rows, redact)
     if warning is None:
         return decision
     run.observer.say(f"register: beware: {warning}")

@@ -20,6 +20,8 @@ from retuner.artifacts import Facts
 from retuner.errors import Refused
 from retuner.files import sha256_file
 from retuner.held_out import EarlierSet, earlier, freeze, frozen, groups_in, parse_frozen, split_rule
+from retuner.naming import group_of
+from retuner.redaction import redacted
 from retuner.runtime import Runtime
 from retuner.store import Store
 
@@ -117,6 +119,16 @@ def test_the_rule_of_a_split_is_what_picks_the_held_out_side():
     assert len({split_rule(prepare), *(split_rule({**prepare, **other}) for other in others)}) == 4
 
 
+def test_what_is_redacted_is_part_of_the_rule_where_anything_is():
+    prepare = {"split_salt": "1", "held_out_fraction": 0.05}
+    assert split_rule({**prepare, "redact": []}) == split_rule(prepare)
+    one, both, turned = (
+        split_rule({**prepare, "redact": kinds})
+        for kinds in (["email"], ["phone", "email"], ["email", "phone"])
+    )
+    assert both == turned == "1 0.05  redact email,phone" and len({split_rule(prepare), one, both}) == 3
+
+
 # --- earlier versions'
 
 
@@ -127,14 +139,20 @@ def some_splits(runtime: Runtime, salt: str, rows: int, train: int = 0) -> tuple
     """A stored `prepare` result with `rows` held-out rows and `train` after them; its fingerprint, and the digest
     of the held-out side."""
 
+    held_out = "".join(LINE.format(row) for row in range(rows))
+    return store_splits(
+        runtime, {"split_salt": salt}, held_out, "".join(LINE.format(rows + row) for row in range(train))
+    )
+
+
+def store_splits(runtime: Runtime, params: dict, held_out: str, train: str) -> tuple[str, str]:
     def build(out: Path, work: Path) -> Facts:
-        (out / "train.jsonl").write_text("".join(LINE.format(rows + row) for row in range(train)))
-        (out / "held_out.jsonl").write_text("".join(LINE.format(row) for row in range(rows)))
+        (out / "train.jsonl").write_text(train)
+        (out / "held_out.jsonl").write_text(held_out)
         return Facts()
 
-    identity = {"stage": "prepare", "params": {"split_salt": salt}, "inputs": {"rows": rows}}
-    store = Store(runtime.store)
-    made = store.make("prepare", identity, Facts, build)
+    identity = {"stage": "prepare", "params": params, "inputs": {"held_out": held_out}}
+    made = Store(runtime.store).make("prepare", identity, Facts, build)
     return made.fingerprint, sha256_file(made.path / "held_out.jsonl")
 
 
@@ -253,3 +271,22 @@ def test_a_version_is_suspected_only_when_it_may_have_seen_what_is_held_out_now(
     assert told(1, "1 0.05 ") is told(2, "1 0.05 ") is told(3) is None
     now.write_text(LINE.format(0))
     assert told(1) is None, "it saw none of it"
+
+
+@pytest.mark.parametrize(("then", "now"), [([], ["email"]), (["email"], []), (["email"], ["phone"])])
+def test_a_prompt_is_known_again_though_other_kinds_were_redacted(on_file, tmp_path, then, now):
+    prompts = ["I am a@b.org, call +44 20 7946 0958", "Who are you?"]
+
+    def spelled(prompt: str, kinds: list[str]) -> str:
+        messages, _ = redacted([{"role": "user", "content": prompt}], kinds)
+        return json.dumps({"group": group_of(messages), "id": "0" * 32, "messages": messages}) + "\n"
+
+    splits = store_splits(on_file, {"redact": then}, "", spelled(prompts[0], then))
+    before, after = (
+        split_rule({"split_salt": "1", "held_out_fraction": 0.05, "redact": kinds}) for kinds in (then, now)
+    )
+    version = register_split(on_file, tmp_path, 1.0, before, splits)
+    path = tmp_path / "now.jsonl"
+    path.write_text("".join(spelled(prompt, now) for prompt in prompts))
+    told = held_out.seen_by(on_file, MODEL, version, after, path, now)
+    assert "trained on 1 of the 2 prompts held out now" in told

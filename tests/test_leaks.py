@@ -181,6 +181,19 @@ def test_an_earlier_held_out_set_is_read_as_prepare_wrote_it(stage):
         assert example["held_out_start"] == old[example["held_out"]][:120]
 
 
+def test_what_an_earlier_version_held_out_unredacted_is_known_again_redacted(stage):
+    rows = [chat(f"I am u{n}@x.org: {words(9, n)}", words(9, 100 + n)) for n in range(40)]
+    stage({"x.jsonl": rows}, split_salt="old")
+    old = len(stage.rows("held_out"))
+    earlier = (earlier_set("m version 1", stage),)
+    other = [chat(f"Question {n}", "yes") for n in range(40)]
+    held = frozen(*other[:20])
+    facts = stage({"x.jsonl": rows + other}, frozen=held, redact=["email"], earlier=earlier)
+    assert facts.removed["exact"] == old > 3 and facts.train_rows == 60 - old
+    example = stage.report["leaks"]["exact"]["examples"][0]
+    assert example["held_out_start"] == example["start"] and "I am [EMAIL]:" in example["start"]
+
+
 def test_a_prompt_that_an_earlier_version_held_out_is_a_leak_however_often_it_stands_in_train(stage):
     rows = some_rows(60) + [{"prompt": "again and again", "completion": str(n)} for n in range(30)]
     held = FrozenSet("one", frozenset([group_of([{"role": "user", "content": "again and again"}])]), "")
