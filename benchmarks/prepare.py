@@ -19,6 +19,7 @@ in child processes over --rows and ten times as many, and compares their peaks.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -36,6 +37,7 @@ from retuner import splits, templating
 from retuner.artifacts import Artifact, Base, BaseFacts, ChatsFacts, SplitsFacts
 from retuner.base import load_tokenizer
 from retuner.dataset import DataFile, Dataset
+from retuner.dvc_file import md5_of
 from retuner.files import sha256_file
 from retuner.memo import Memo
 from retuner.observe import Silent
@@ -84,7 +86,9 @@ class Ours:
     def run(self, file: Path) -> Stages:
         run = time.time_ns()  # nothing is served from the store, only from the memo
         params = load(PARAMS, (f"template.max_tokens={MAX_TOKENS}", f"template.pack_tokens={MAX_TOKENS}"))
-        data = DataFile(file.name, file, file.stat().st_size, "0" * 32)
+        with file.open("rb") as stream:
+            md5 = hashlib.file_digest(stream, md5_of).hexdigest()
+        data = DataFile(file.name, file, file.stat().st_size, md5)
         dataset = Dataset("0" * 32, "data.dvc", file.parent, (data,))
         name = "0" * 64
         facts = BaseFacts(

@@ -1,6 +1,7 @@
 """What must hold of the reader for any bytes, checked for one file under one name."""
 
 import gzip
+import hashlib
 import io
 import zlib
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from fuzz import oracle
 from retuner import chats, json_rows, table_rows
 from retuner.chats import BadRow, Chat, blocks, format_of_file, read_block, read_chats
 from retuner.dataset import DataFile
+from retuner.dvc_file import md5_of
 from retuner.errors import Refused
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
@@ -31,7 +33,9 @@ class Outcome:
 
 
 def data_file(path: Path) -> DataFile:
-    return DataFile(relpath=path.name, path=path, size=path.stat().st_size, md5="0" * 32)
+    with path.open("rb") as stream:
+        md5 = hashlib.file_digest(stream, md5_of).hexdigest()
+    return DataFile(relpath=path.name, path=path, size=path.stat().st_size, md5=md5)
 
 
 def read_whole(path: Path) -> Outcome:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from retuner.compressed import CODECS, MAGIC, Damaged, open_unpacked
+from retuner.checked import Checked
+from retuner.compressed import CODECS, MAGIC, Damaged, unpacked
 from retuner.dataset import DataFile
 from retuner.errors import Refused, Unavailable
 from retuner.formats import Wanted
@@ -92,7 +93,8 @@ class Block:
     sha256: str
     """Of the bytes and the kind of file, which together decide what the rows of the block are."""
     data: bytes | None = field(repr=False)
-    """None for a whole file, which is read where it lies. Of a line above the row limit only the first bytes."""
+    """None for a whole file, which is read where it lies, and checked to be still the same. Of a line above the row
+    limit only the first bytes."""
 
 
 def read_chats(
@@ -102,8 +104,8 @@ def read_chats(
     file's first row decides.
 
     `columns` gives the data's own names for keys of a format, e.g. {"prompt": "question_text"}.
-    Errors: Refused for a file of another kind and a mapping that fits no format, Unavailable for a file that
-    cannot be read.
+    Errors: Refused for a file of another kind, for one that has changed, behind its rows, and for a mapping that fits
+    no format; Unavailable for a file that cannot be read.
     """
     wanted = Wanted(format, columns)
     for file in files:
@@ -113,19 +115,21 @@ def read_chats(
 def blocks(file: DataFile) -> Iterator[Block]:
     """The file cut into runs of about 256 KiB, in order; what it holds decides where, so new lines change few.
 
-    Errors: Refused for a file that is not what its name says, Unavailable.
+    Errors: Refused for a file that is not what its name says, or has changed, behind its blocks; Unavailable.
     """
     kind, codec = _kind(file)
     try:
         if (kind, codec) == (".jsonl", None):
             _check_head(file, kind, codec)
-            with file.path.open("rb", buffering=CHUNK_BYTES) as stream:
+            with Checked(file) as stream:
                 yield from _cut(file, stream)
+                stream.check()
         else:
-            with file.path.open("rb") as stream:
+            with Checked(file) as stream:
                 digest = hashlib.sha256(f"{kind}{codec}\0".encode())
                 while chunk := stream.read(CHUNK_BYTES):
                     digest.update(chunk)
+                stream.check()
             yield Block(file, 1, digest.hexdigest(), None)
     except OSError as error:
         raise _unreadable(file, error) from error
@@ -199,15 +203,17 @@ def _unreadable(file: DataFile, error: OSError) -> Unavailable:
 
 
 def _rows(file: DataFile, wanted: Wanted) -> Iterator[RawRow]:
-    """The rows of a file. Errors: Refused where its name and its bytes do not fit, Unavailable."""
+    """The rows of a file. Errors: Refused where its name and its bytes do not fit, or it has changed; Unavailable."""
     kind, codec = _kind(file)
     line = 0
     try:
         at = _check_head(file, kind, codec)
         if kind == ".parquet":
             yield from parquet_rows(file.relpath, file.path, wanted)
+            with Checked(file) as whole:  # read here and there before, so hashed behind it
+                whole.check()
             return
-        with open_unpacked(file.path, codec) as stream:
+        with Checked(file) as packed, unpacked(packed, codec) as stream:
             if kind == ".csv":
                 rows = csv_rows(file.relpath, stream, wanted)
             elif kind == ".json":
@@ -218,6 +224,7 @@ def _rows(file: DataFile, wanted: Wanted) -> Iterator[RawRow]:
             for row in rows:
                 line = row.line
                 yield row
+            packed.check()
     except Damaged as damage:
         behind = f", behind line {line}" if line else ""
         raise Refused(
@@ -253,7 +260,7 @@ def _kind(file: DataFile) -> tuple[str, str | None]:
 
 def _check_head(file: DataFile, kind: str, codec: str | None) -> int:
     """How many bytes stand before the first row. Errors: Refused where the first bytes do not fit the name, Damaged."""
-    with open_unpacked(file.path, codec) as stream:
+    with file.path.open("rb") as packed, unpacked(packed, codec) as stream:
         head = stream.read(CHUNK_BYTES)
     bare = head.lstrip(WHITE)
     first = bare[:1]

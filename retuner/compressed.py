@@ -2,8 +2,8 @@
 
 import gzip
 import io
+import os
 import zlib
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from retuner.json_rows import CHUNK_BYTES
@@ -21,30 +21,29 @@ class Damaged(Exception):
     """A stream that cannot be unpacked to its end; says how."""
 
 
-def open_unpacked(path: Path, codec: str | None) -> BinaryIO:
+def unpacked(file: io.BufferedReader, codec: str | None) -> BinaryIO:
     """The unpacked bytes of a file; reading may raise Damaged. Errors: Damaged, OSError."""
     if codec is None:
-        return path.open("rb", buffering=CHUNK_BYTES)
-    with path.open("rb") as file:
-        head = file.read(4)
+        return file
+    head = file.peek(4)[:4]
     if not head:
         raise Damaged(f"is empty, which no {codec} file is")
     if not head.startswith(MAGIC[codec]) and not (codec == "zstd" and head in SKIPPABLE_FRAME):
         raise Damaged(f"is not compressed with {codec}, as its name says: it starts with {head!r}")
-    return cast(BinaryIO, io.BufferedReader(_Unpacked(path, codec), CHUNK_BYTES))
+    return cast(BinaryIO, io.BufferedReader(_Unpacked(file, codec), CHUNK_BYTES))
 
 
 class _Unpacked(io.RawIOBase):
-    def __init__(self, path: Path, codec: str):
+    def __init__(self, file: io.BufferedReader, codec: str):
         self._codec = codec
-        self._may_read = max(SMALL_BYTES, MAX_EXPANSION * path.stat().st_size)
+        self._may_read = max(SMALL_BYTES, MAX_EXPANSION * os.fstat(file.fileno()).st_size)
         self._stream: Any
         if codec == "gzip":
-            self._stream = gzip.GzipFile(path)
+            self._stream = gzip.GzipFile(fileobj=file)
         else:
             import pyarrow
 
-            self._stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+            self._stream = pyarrow.CompressedInputStream(file, "zstd")
 
     def readable(self) -> bool:
         return True

@@ -44,7 +44,7 @@ def prepare(
     `frozen` decides what is held out instead of the hash, `earlier` are held-out sets of earlier versions, `memo`
     spares what was computed before: with and without it the result is the same.
 
-    Errors: Refused when no file matches, a file is of another kind, there are more bad rows than
+    Errors: Refused when no file matches, a file is of another kind or has changed, there are more bad rows than
     `params.max_bad_rows`, there is a leak of a kind that is to be refused, or a side would be empty. The message
     says where and what to do. Unavailable when a file cannot be read or an earlier held-out set is damaged.
     """

@@ -2,12 +2,14 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from retuner.dataset import DataFile, Dataset
+from fuzz.reading import data_file
+from retuner.dataset import Dataset
 from retuner.observe import Silent
 from retuner.params import PrepareParams
 from retuner.splits import prepare
@@ -38,12 +40,7 @@ DEFAULTS = {
 def dataset(folder: Path) -> Dataset:
     paths = [path for path in folder.rglob("*") if path.is_file()]
     random.Random(0).shuffle(paths)
-    files = tuple(
-        DataFile(
-            relpath=path.relative_to(folder).as_posix(), path=path, size=path.stat().st_size, md5="0" * 32
-        )
-        for path in paths
-    )
+    files = tuple(replace(data_file(path), relpath=path.relative_to(folder).as_posix()) for path in paths)
     return Dataset(md5="0" * 32 + ".dir", dvc_file="data.dvc", path=Path("data"), files=files)
 
 

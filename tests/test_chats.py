@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fuzz.reading import data_file
 from retuner import json_rows
 from retuner.chats import BadRow, Chat, read_chats
 from retuner.dataset import DataFile
@@ -19,10 +20,6 @@ BOTH = b'{"question": "q", "answer": "a", "prompt": "p", "completion": "c"}'
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
 PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-
-
-def data_file(path: Path) -> DataFile:
-    return DataFile(relpath=path.name, path=path, size=path.stat().st_size, md5="0" * 32)
 
 
 def read(tmp_path: Path, name: str, content: bytes, format: str = "auto") -> list[Chat | BadRow]:

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prepare_stage import Stage
 
+from fuzz.reading import data_file
 from retuner.chats import BadRow, read_chats
-from retuner.dataset import DataFile
 from retuner.errors import Refused
 
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -21,8 +21,7 @@ SYSTEM = [{"role": "system", "content": "Be kind."}]
 def read(tmp_path: Path, *rows, format="preference", columns=None, name="x.jsonl") -> list:
     path = tmp_path / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    file = DataFile(name, path, path.stat().st_size, "")
-    return list(read_chats([file], format, columns))
+    return list(read_chats([data_file(path)], format, columns))
 
 
 def said(pair) -> list[str]:
@@ -99,7 +98,7 @@ def test_a_table_of_pairs_is_read(tmp_path):
     pq.write_table(pa.table({"chosen": [LONGER + YES], "rejected": [LONGER + NO]}), tmp_path / "x.parquet")
     for name, expected in (("x.csv", SIMPLE), ("x.parquet", DIALOGUE)):
         path = tmp_path / name
-        assert said(*read_chats([DataFile(name, path, path.stat().st_size, "")], "preference")) == expected
+        assert said(*read_chats([data_file(path)], "preference")) == expected
 
 
 BROKEN = {
@@ -152,7 +151,7 @@ def test_broken_bytes_of_a_pairs_file_are_bad_rows_too(tmp_path):
     path.write_bytes(
         b'{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}\n{"prompt": "\xff"}\n{"prompt"'
     )
-    found = list(read_chats([DataFile("x.jsonl", path, 0, "")], "preference"))
+    found = list(read_chats([data_file(path)], "preference"))
     assert [bad.cause for bad in found] == ["duplicate_key", "bad_utf8", "truncated"]
 
 

@@ -102,11 +102,12 @@ from pathlib import Path
 from retuner import reading_ahead
 from retuner.chats import blocks
 from retuner.dataset import DataFile
+from retuner.dvc_file import md5_of
 from retuner.intake import Reading
 from retuner.memo import Memo
 
 path, memo = Path(sys.argv[1]), Memo(Path(sys.argv[2]), "key")
-file = DataFile(path.name, path, path.stat().st_size, "")
+file = DataFile(path.name, path, path.stat().st_size, md5_of(path.read_bytes()).hexdigest())
 reading_ahead.WORTH_BYTES = 0
 with reading_ahead.ReadingAhead(Reading("auto", memo=memo), helpers=2) as ahead:
     for block in ahead.of(blocks(file), None):
