@@ -77,7 +77,8 @@ class BadRow:
     """A stable word, such as `duplicate_key`, to count by."""
     message: str
     start: str
-    """The first bytes of the row; what is not UTF-8 is spelled `\\xNN`."""
+    """The first bytes of the row; what is not UTF-8 is spelled `\\xNN`. `prepare` empties it where params redact
+    anything: of a row that cannot be read nobody knows what in it to redact."""
 
     @property
     def where(self) -> str:

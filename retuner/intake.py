@@ -4,7 +4,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from json.encoder import encode_basestring  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,7 +190,7 @@ class _Making:
         """`line` is that of a stored row, which stays as it is; None of one that has none yet."""
         self.rows += 1
         if isinstance(row, BadRow):
-            self.bad_rows.append(asdict(row))
+            self.bad_rows.append(asdict(replace(row, start="") if self.redact else row))
             self.bytes += len(row.start)
             return
         messages, rejected = row.messages, row.rejected

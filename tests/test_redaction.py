@@ -5,6 +5,7 @@ import json
 import pytest
 from prepare_stage import REAL_DATA, Stage, real_data, some_rows
 
+from retuner.memo import Memo
 from retuner.naming import chat_id
 from retuner.redaction import KINDS, redacted
 
@@ -99,3 +100,16 @@ def test_prepare_redacts_before_it_names_compares_and_splits(tmp_path):
     assert mailed[0]["id"] == chat_id(mailed[0]["messages"]) and len(mailed) == 1
     assert stage({"x.jsonl": rows + some_rows(40)}).redacted == {}
     assert all(b"example.org" in data for data in [b"".join(stage.bytes())])
+
+
+def test_nothing_of_a_bad_row_is_kept_where_anything_is_redacted(tmp_path):
+    stage, memo = Stage(tmp_path), Memo(tmp_path / "memo", "key")
+    broken = b'{"prompt": "I am u@example.org'
+    files = {"x.jsonl": some_rows(40), "y.jsonl": broken}
+    stage(files, redact=["email"], max_bad_rows=1, memo=memo)
+    [bad] = stage.quarantine()
+    assert (bad["cause"], bad["file"], bad["start"]) == ("truncated", "y.jsonl", "")
+    kept = [path.read_bytes() for path in (*stage.out.rglob("*.json*"), *memo.folder.iterdir())]
+    assert not any(b"example.org" in data for data in kept) and len(kept) > 4
+    stage(files, max_bad_rows=1, memo=memo)
+    assert stage.quarantine()[0]["start"] == broken.decode()
