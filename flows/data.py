@@ -88,7 +88,8 @@ def diff(
     rev_a: Revision,
     rev_b: Revision,
     params: Annotated[
-        Path | None, typer.Argument(help="Says which files, in which format, and how they are split.")
+        Path | None,
+        typer.Argument(help="Says which files, in which format, what is redacted, and how they are split."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="The .dvc file; that of PARAMS, or data.dvc, if not given.")
@@ -100,8 +101,8 @@ def diff(
     """Compare the data at two git revisions: rows, answers, lengths, roles, words. Changes nothing."""
     from functools import partial
 
-    from retuner.chats import read_chats
     from retuner.data_diff import diff as compare
+    from retuner.intake import read_redacted
     from retuner.params_file import load
 
     if set_ and params is None:
@@ -110,9 +111,9 @@ def diff(
     dvc_file = data or Path(loaded.data if loaded else "data.dvc")
     prepare = loaded.prepare if loaded else None
     read: Read = (
-        partial(read_chats, format=prepare.format, columns=prepare.columns)
+        partial(read_redacted, format=prepare.format, columns=prepare.columns, redact=prepare.redact)
         if prepare
-        else partial(read_chats, format="auto")
+        else partial(read_redacted, format="auto", columns=None, redact=())
     )
     a, b = (_source(name, dvc_file, prepare) for name in (rev_a, rev_b))
     found = compare(a, b, read)

@@ -27,7 +27,7 @@ QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9, "longest": 1.0}
 Side = Callable[[str], str]
 """Group to `train` or `held_out`."""
 Read = Callable[[Iterable[DataFile]], Iterator[Chat | BadRow]]
-"""`retuner.chats.read_chats` in the format that params name."""
+"""`retuner.intake.read_redacted` as params say."""
 
 
 class Told(BaseModel):

@@ -3,7 +3,7 @@
 import json
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from json.encoder import encode_basestring  # type: ignore[attr-defined]
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retuner.chats import BadRow, Block, Chat, blocks, format_of_file, read_block
+from retuner.chats import BadRow, Block, Chat, blocks, format_of_file, read_block, read_chats
 from retuner.dataset import DataFile
 from retuner.describe import Description, describe
 from retuner.fingerprint import fingerprint
@@ -169,6 +169,31 @@ def _stored_rows(path: Path) -> Iterator[tuple[Chat, bytes]]:
             yield Chat(tuple(row["messages"]), path.name, number, "messages", row.get("rejected")), line
 
 
+def read_redacted(
+    files: Iterable[DataFile], format: str, columns: Mapping[str, str] | None, redact: Sequence[str]
+) -> Iterator[Chat | BadRow]:
+    """The rows of `retuner.chats.read_chats`, as `prepare` takes them. Errors: as there."""
+    for row in read_chats(files, format, columns):
+        if isinstance(row, BadRow) or not redact:
+            yield row
+        else:
+            chat, _ = _redacted(row, redact)
+            yield _same_answers(chat) or chat
+
+
+def _redacted(row: Chat, kinds: Sequence[str]) -> tuple[Chat, Counter[str]]:
+    said, counts = redacted(said_in(row.messages, row.rejected), kinds)
+    rejected = None if row.rejected is None else said[-1]["content"]
+    return replace(row, messages=said[: len(row.messages)], rejected=rejected), counts
+
+
+def _same_answers(row: Chat) -> BadRow | None:
+    """What becomes of a pair whose answers redaction has made the same; None of any other row."""
+    if row.rejected is None or not is_same(row.messages, row.rejected):
+        return None
+    return BadRow(row.file, row.line, None, SAME_ANSWERS, "redacted, chosen and rejected are the same", "")
+
+
 class _Making:
     """A segment in the making."""
 
@@ -193,18 +218,13 @@ class _Making:
             self.bad_rows.append(asdict(replace(row, start="") if self.redact else row))
             self.bytes += len(row.start)
             return
-        messages, rejected = row.messages, row.rejected
         if self.redact:
-            said, counts = redacted(said_in(messages, rejected), self.redact)
-            messages = said[: len(messages)]
-            rejected = None if rejected is None else said[-1]["content"]
+            row, counts = _redacted(row, self.redact)
             self.redacted.update(counts)
-            if line is None and rejected is not None and is_same(messages, rejected):
-                bad = BadRow(
-                    row.file, row.line, None, SAME_ANSWERS, "redacted, chosen and rejected are the same", ""
-                )
+            if line is None and (bad := _same_answers(row)):
                 self.bad_rows.append(asdict(bad))
                 return
+        messages, rejected = row.messages, row.rejected
         self.format = row.format
         contents = [folded(turn["content"]) for turn in messages]
         names = names_of(messages, rejected, contents)

@@ -227,6 +227,34 @@ def test_two_revisions_are_compared_and_the_workspace_is_left_as_it_is(project, 
     assert snapshot(project) == before and git(project, "status", "--porcelain") == status
 
 
+def test_what_params_redact_is_redacted_before_rows_are_compared_and_given_sides(
+    project, capsys, monkeypatch
+):
+    def told(*arguments: str) -> dict:
+        redact = ("params.yaml", "--set", "prepare.redact=[email]", "--json")
+        code, out, err = cli(capsys, monkeypatch, "data", *arguments, *redact)
+        assert code == 0, err
+        return json.loads(out)
+
+    def write(host: str, count: int) -> None:
+        rows = [asked(f"I am u{n}@{host}: {n}?", f"Well, u{n}@{host}") for n in range(count)]
+        write_chats(Path("data"), rows)
+        add_to_dvc(Path())
+
+    write("old.org", 40)
+    commit(Path(), "addresses")
+    before = told("check")
+    write("new.org", 90)
+    now = told("check")
+    found = told("diff", "HEAD", "workspace")
+    assert (found["kept"], found["added"], found["removed"], found["changed"]) == (40, 50, 0, 0)
+    assert found["moved"] == 0
+    assert found["added_by_side"] == {
+        side: now[f"{side}_rows"] - before[f"{side}_rows"] for side in ("train", "held_out")
+    }
+    assert all(example["prompt"].startswith("I am [EMAIL]:") for example in found["examples_added"])
+
+
 def test_a_revision_the_workspace_and_another_dvc_file_name_the_same_data(project):
     dvc_file = Path("data.dvc")
     head, here = open_revision("HEAD", dvc_file), open_revision("workspace", dvc_file)
