@@ -35,7 +35,6 @@ _DATE = re.compile(r"\d{1,2}[ /.-]\d{1,2}[ /.-](?:\d\d\Z|\d{4}(?!\d))")
 _LEAST_DIGITS = 9
 # Where a number inside the country begins with 0.
 _REGIONS = ("DE", "GB", "FR", "NL", "BE", "AT", "CH", "IT", "SE", "AU", "NZ", "IN", "JP", "ZA")
-_SOME_DIGITS = re.compile(r"(?:\d\D{0,3}){7}")
 # detect-secrets finds the first line of a private key and the first half of a JSON Web Token (RFC 7519): these
 # take the whole. The next is RFC 6750's header; Anthropic's and Google's keys by their documented beginnings.
 _OWN_SECRETS = (
@@ -109,10 +108,9 @@ def _emails(text: str) -> Iterator[Span]:
 
 
 def _cards(text: str) -> Iterator[Span]:
-    if _SOME_DIGITS.search(text):
-        for match in _CARD.finditer(text):
-            if _passes_luhn(match[0]):
-                yield Span(*match.span())
+    for match in _CARD.finditer(text):
+        if _passes_luhn(match[0]):
+            yield Span(*match.span())
 
 
 def _passes_luhn(text: str) -> bool:
@@ -123,10 +121,9 @@ def _passes_luhn(text: str) -> bool:
 
 
 def _phones(text: str) -> Iterator[Span]:
-    if _SOME_DIGITS.search(text):
-        for match in _PHONE.finditer(text):
-            if _is_phone(match):
-                yield Span(*match.span())
+    for match in _PHONE.finditer(text):
+        if _is_phone(match):
+            yield Span(*match.span())
 
 
 def _is_phone(match: re.Match[str]) -> bool:

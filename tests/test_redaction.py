@@ -28,6 +28,7 @@ def redact(text: str, kinds=KINDS) -> str:
         ("Call 0049 30 901820 now", "Call [PHONE] now"),
         ("(415) 555-2671 or 415-555-2671 or 1-800-555-0199", "[PHONE] or [PHONE] or [PHONE]"),
         ("Tel. 020 7946 0958.", "Tel. [PHONE]."),
+        ("+49 (89) - 636480 or (089) - 636480", "[PHONE] or [PHONE]"),
         ("06 12 34 56 78", "[PHONE]"),
         ("4111 1111 1111 1111, 5500000000000004, 3782 822463 10005", "[CARD], [CARD], [CARD]"),
         (f"key={AWS};", "key=[SECRET];"),
