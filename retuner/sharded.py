@@ -90,7 +90,12 @@ def sharding(trainer_class: type) -> type:
             named = whole.get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
             if self.args.should_save:
                 names = self._names_by_number()
-                numbered = {number: named["state"][name] for number, name in enumerate(names)}
+                # Of sgd there is none.
+                numbered = {
+                    number: named["state"][name]
+                    for number, name in enumerate(names)
+                    if name in named["state"]
+                }
                 groups = self.optimizer.optimizer.state_dict()["param_groups"]
                 torch.save({"state": numbered, "param_groups": groups}, Path(output_dir) / OPTIMIZER)
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
@@ -99,6 +104,10 @@ def sharding(trainer_class: type) -> type:
             if checkpoint is None:
                 return
             read = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+            if not read["state"]:  # In which torch's function looks for a device.
+                self.optimizer.optimizer.load_state_dict(read)
+                return
             names = self._names_by_number()
             named = {
                 "state": {names[number]: state for number, state in read["state"].items()},
@@ -109,7 +118,6 @@ def sharding(trainer_class: type) -> type:
             }
             options = whole.StateDictOptions(full_state_dict=True)
             whole.set_optimizer_state_dict(self.model, self.optimizer.optimizer, named, options=options)
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
         def _names_by_number(self):
             """Of what learns, as an optimizer numbers it."""

@@ -309,3 +309,17 @@ def test_what_does_not_go_with_a_base_in_parts_is_refused(tmp_path, changed, tol
     with pytest.raises(Refused, match=told) as refusal:
         together(make_inputs(tmp_path), params(**changed), strategy="fsdp")
     assert "ddp" in str(refusal.value)
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_keeps_nothing_goes_on_with_a_base_in_parts(tmp_path):
+    wanted = asked(optimizer="sgd", max_steps=8)
+    folder, heard = make_inputs(tmp_path), Interrupting(5, signal.SIGKILL, rank=1)
+    with pytest.raises(RetunerError, match="SIGKILL"):
+        together(folder, wanted, heard, out="died", strategy="fsdp")
+    again = Heard()
+    together(folder, wanted, again, strategy="fsdp")
+    assert any("going on after step-" in line for line in again.lines)
+    one = Heard()
+    run(folder, wanted, one, out="alone", work="work-alone")
+    assert_same_curve({**curve(heard), **curve(again)}, curve(one))
