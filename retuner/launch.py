@@ -29,6 +29,8 @@ from retuner.train_params import SftParams
 STOP = b"stop\n"
 ERRORS: dict[str, type[RetunerError]] = {each.__name__: each for each in (RetunerError, Refused, Unavailable)}
 LAST_LINES = 8
+SEAL_SECONDS = 3600
+"""Given to ranks where the launcher itself gets SIGTERM: for the step under way and its checkpoint."""
 
 
 def train_in_processes(
@@ -111,7 +113,9 @@ def _refuse_what_cannot_be_shared(params: SftParams, device: str, processes: int
 
 def _command(processes: int, asked: Path) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    return [*launcher, "--nproc-per-node", str(processes), "--module", "retuner.launched", str(asked)]
+    patience = ["--shutdown-timeout", str(SEAL_SECONDS)]
+    ranks = ["--nproc-per-node", str(processes), "--module", "retuner.launched", str(asked)]
+    return [*launcher, *patience, *ranks]
 
 
 def _threads(processes: int) -> str:

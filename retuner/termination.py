@@ -7,11 +7,14 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def sigterm_held_back(then: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
+def sigterm_held_back(
+    then: Callable[[], None] = lambda: None, repeats: bool = False
+) -> Iterator[Callable[[], bool]]:
     """While inside, a SIGTERM is only noted, and `then` called: what is handed out says whether one came. On leaving
     it is delivered after all, to whatever would have had it, which may raise, end the process, or do nothing.
 
-    A second one is not held back. Python hears signals in its main thread alone; in another nothing is held back.
+    A second one is not held back, unless `repeats`: whoever stops may then be heard more than once. Python hears
+    signals in its main thread alone; in another nothing is held back.
     """
     before = signal.getsignal(signal.SIGTERM)
     if before is None or threading.current_thread() is not threading.main_thread():
@@ -21,7 +24,8 @@ def sigterm_held_back(then: Callable[[], None] = lambda: None) -> Iterator[Calla
 
     def note(number: int, frame: object) -> None:
         came.set()
-        signal.signal(signal.SIGTERM, before)
+        if not repeats:
+            signal.signal(signal.SIGTERM, before)
         then()
 
     signal.signal(signal.SIGTERM, note)

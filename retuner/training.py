@@ -213,7 +213,8 @@ def _learn(
     _say_what_learns(model, targets, counts, packed, fill, observer)
 
     log = StepLog(params.log_every_steps, steps, observer, recipe.logged)
-    with sigterm_held_back() as asked_to_stop:
+    # What stops all processes of a machine reaches a rank by itself, from torch's launcher and from who asked for both.
+    with sigterm_held_back(repeats=rank.of > 1) as asked_to_stop:
         trainer = recipe.trainer(
             model, sequences, packed, params, steps, device, staging, log, stopping, asked_to_stop, rank
         )

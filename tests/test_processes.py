@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -194,6 +195,42 @@ def test_sigterm_lets_all_ranks_finish_their_step(undisturbed, tmp_path, strateg
     again = Heard()
     assert together(folder, NOISY, again, strategy=strategy).sha256 == undisturbed[strategy]
     assert again.steps[0] == step + 1
+
+
+def test_sigterm_to_all_processes_of_the_machine_costs_no_step(tmp_path):
+    """As systemd and Slurm stop what they started. A rank hears of it from its launcher and its parent as well."""
+
+    class Ended(Exception):
+        pass
+
+    class Cancelled(Heard):
+        def progress(self, what, done, total, note=""):
+            super().progress(what, done, total, note)
+            if done == 5:
+                below = psutil.Process().children(recursive=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+                for each in below * 2:
+                    with suppress(psutil.NoSuchProcess):
+                        each.send_signal(signal.SIGTERM)
+                    time.sleep(0.01)
+
+    def end(number, frame):
+        raise Ended
+
+    # Long steps, so that it comes in the middle of one.
+    wanted = asked(max_steps=20, batch_size=2, gradient_accumulation=40, checkpoint_every_steps=100)
+    folder, heard = make_inputs(tmp_path), Cancelled()
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(Ended):
+            together(folder, wanted, heard)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    step = heard.steps[-1]
+    assert 5 < step < 20
+    assert heard.lines[-1] == f"train: stopped by SIGTERM after step {step} of 20; run again to go on"
+    assert (folder / "work" / "sealed" / f"step-{step}" / "manifest.json").exists()
+    assert ranks() == {}
 
 
 @pytest.mark.slow
