@@ -9,7 +9,6 @@ files of the adapter.
 """
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,6 @@ def pair_trainer(
     staging: Path,
     log: StepLog,
     stopping: Stopping | None,
-    asked_to_stop: Callable[[], bool],
     rank: Rank,
 ) -> Any:
     """As `retuner.row_trainer.row_trainer`, in one process; pairs are not packed."""
@@ -114,9 +112,7 @@ def pair_trainer(
     }
     arguments = trainer_arguments(DPOConfig, params, steps, device, staging, rank, **own)
     collate = DataCollatorForPreference(pad_token_id=PAD_ID)
-    trainer = watched(
-        PairTrainer, arguments, collate, model, pairs, steps, staging, log, stopping, asked_to_stop
-    )
+    trainer = watched(PairTrainer, arguments, collate, model, pairs, steps, staging, log, stopping)
     # TRL's copy of the adapter to compute the reference with; checkpoints would carry it on.
     model.delete_adapter("ref")
     return trainer

@@ -29,13 +29,12 @@ def row_trainer(
     staging: Path,
     log: StepLog,
     stopping: Stopping | None = None,
-    asked_to_stop: Callable[[], bool] = lambda: False,
     rank: Rank = ALONE,
 ) -> Any:
     """A Trainer that is ready to `train(resume_from_checkpoint=...)`; it seals checkpoints beside `staging`.
 
     Its `train` raises RetunerError in the step in which a number stops being finite, and returns before the last
-    step where `stopping` says so, or, with that step sealed, once `asked_to_stop` is true (in any process).
+    step where `stopping` says so.
     """
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
@@ -99,7 +98,6 @@ def row_trainer(
         staging,
         log,
         stopping,
-        asked_to_stop,
         rank,
         order,
     )
@@ -118,7 +116,6 @@ def watched(
     staging: Path,
     log: StepLog,
     stopping: Stopping | None,
-    asked_to_stop: Callable[[], bool],
     rank: Rank = ALONE,
     order: EvenOrder | None = None,
 ) -> Any:
@@ -143,8 +140,6 @@ def watched(
             if state.global_step == steps:
                 # The Trainer, resumed from its last step, would take one more.
                 control.should_save = False
-            elif summed(rank, asked_to_stop()):
-                control.should_save = control.should_training_stop = True
 
         def on_log(self, args, state, control, logs, **kwargs):
             if "loss" in logs:  # There is a summary at the end too.
@@ -194,6 +189,18 @@ def watched(
     trainer.processing_class = None
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def stop_when(trainer: Any, asked: Callable[[], bool], steps: int, rank: Rank) -> None:
+    """From now on its `train` returns, with the step under way sealed, once `asked` is true in any process."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step < steps and summed(rank, asked()):
+                control.should_save = control.should_training_stop = True
+
+    trainer.add_callback(Stop())
 
 
 def trainer_arguments(

@@ -38,7 +38,7 @@ from retuner.packing import RowCounts, count_rows, lay_out, read_rows
 from retuner.quantized import bits_and_bytes, keep_differentiable
 from retuner.ranks import ALONE, Rank, agreed
 from retuner.row_attention import ROW_ATTENTION, attend_by_row
-from retuner.row_trainer import row_trainer
+from retuner.row_trainer import row_trainer, stop_when
 from retuner.sharded import is_sharded
 from retuner.skeleton import read_skeleton
 from retuner.step_log import StepLog
@@ -213,14 +213,13 @@ def _learn(
     _say_what_learns(model, targets, counts, packed, fill, observer)
 
     log = StepLog(params.log_every_steps, steps, observer, recipe.logged)
+    trainer = recipe.trainer(model, sequences, packed, params, steps, device, staging, log, stopping, rank)
+    resumed = agreed(rank, lambda: checkpoints.newest_whole(work, observer.say, needed_by))
+    if resumed:
+        observer.say(f"train: going on after {resumed.name} of {steps}{_other_layout(resumed, rank)}")
     # What stops all processes of a machine reaches a rank by itself, from torch's launcher and from who asked for both.
     with sigterm_held_back(repeats=rank.of > 1) as asked_to_stop:
-        trainer = recipe.trainer(
-            model, sequences, packed, params, steps, device, staging, log, stopping, asked_to_stop, rank
-        )
-        resumed = agreed(rank, lambda: checkpoints.newest_whole(work, observer.say, needed_by))
-        if resumed:
-            observer.say(f"train: going on after {resumed.name} of {steps}{_other_layout(resumed, rank)}")
+        stop_when(trainer, asked_to_stop, steps, rank)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         finished = trainer.state.global_step
         if asked_to_stop() and finished < log.steps:

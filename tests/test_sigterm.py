@@ -3,6 +3,7 @@
 import signal
 import threading
 
+import pair_job
 import pytest
 from training_job import STEPS, Heard, make_inputs, params, run
 
@@ -65,6 +66,22 @@ def test_the_step_under_way_is_finished_and_sealed_and_the_next_run_begins_after
     assert any("going on after step-3" in line for line in again.lines)
     assert again.steps[0] == 4
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_before_the_first_step_nothing_is_held_back(tmp_path):
+    """A reference is computed then, of preference pairs, which may take as long as many steps."""
+
+    class AtReference(Heard):
+        def progress(self, what, done, total, note=""):
+            assert what == "reference"
+            self.steps.append(done)
+            signal.raise_signal(signal.SIGTERM)
+
+    heard = AtReference()
+    with pytest.raises(Ended):
+        pair_job.run(pair_job.make_inputs(tmp_path), observer=heard)
+    assert len(heard.steps) == 1
+    assert not list((tmp_path / "work").glob("sealed/*"))
 
 
 def test_a_second_sigterm_is_not_held_back(tmp_path):
