@@ -6,6 +6,7 @@ It is parsed: literals, names that hold them, `torch.bfloat16` and its like, and
 """
 
 import ast
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,9 @@ from retuner.tutorial_values import (
     Placed,
     Setting,
     Unknown,
+    either,
     last_name,
+    one_of,
     value_of,
 )
 
@@ -60,7 +63,13 @@ class Script(ast.NodeVisitor):
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         self.generic_visit(node)
-        self._forget(node.target)
+        match node:
+            case ast.AugAssign(target=held, op=ast.BitOr()) if self._holds_settings(held):
+                self._add(held, [node.value], node)
+            case ast.AugAssign(target=ast.Subscript(value=held)) if self._holds_settings(held):
+                self._cannot_follow(held, node)
+            case _:
+                self._forget(node.target)
 
     def visit_For(self, node: ast.For) -> None:
         self._forget(node.target)
@@ -80,17 +89,31 @@ class Script(ast.NodeVisitor):
             for statement in node.body:
                 self.visit(statement)
             return
-        before = dict(self._names)
+        before, dicts = dict(self._names), self._all_dicts()
+        as_before = [held.copy() for held in dicts]
         for statement in node.body:
             self.visit(statement)
         taken, self._names = self._names, dict(before)
+        as_taken = [held.copy() for held in dicts]
+        for held, contents in zip(dicts, as_before):
+            held.become(contents)
         for statement in node.orelse:
             self.visit(statement)
+        for held, contents in zip(dicts, as_taken):
+            held.become(either(contents, held))
         for name in taken.keys() | self._names.keys():
             values = [side[name] for side in (taken, self._names) if name in side]
-            if len(values) == 1 or values[0] != values[1]:
-                options = [o for v in values for o in (v.options if isinstance(v, Unknown) else (v,))]
-                self._names[name] = Unknown(name, tuple(options))
+            if len(values) == 2 and all(isinstance(value, Placed) for value in values):
+                self._names[name] = held = values[0] if values[0] is values[1] else either(*values)
+                if name in self._dicts:
+                    self._dicts[name] = (self._dicts[name][0], held)
+            elif len(values) == 1 or values[0] != values[1]:
+                self._names[name] = one_of(values, name)
+
+    def _all_dicts(self) -> list[Placed]:
+        """Each once, whatever its names."""
+        named = [*self._names.values(), *(held for _, held in self._dicts.values())]
+        return list({id(held): held for held in named if isinstance(held, Placed)}.values())
 
     def _bind(self, target: ast.expr, value: ast.expr) -> None:
         match target:
@@ -102,7 +125,7 @@ class Script(ast.NodeVisitor):
                     else:
                         self._forget(name)
             case ast.Subscript(value=holder, slice=ast.Constant(value=str(key))):
-                self._put(last_name(holder), key, value)
+                self._put(holder, key, value)
             case ast.Attribute(value=holder, attr=key) if group := self._group_of(holder):
                 self._say(group, key, value_of(value, self._names), value, decides=True)
             case ast.Name() | ast.Attribute(value=ast.Name(id="self")):
@@ -126,30 +149,44 @@ class Script(ast.NodeVisitor):
             return "model" if holder.attr == "config" else "generation"
         return "tokenizer" if name == "tokenizer" else None
 
-    def _put(self, name: str, key: str, value: ast.expr) -> None:
-        held = self._names.get(name)
+    def _put(self, holder: ast.expr, key: str, value: ast.expr) -> None:
+        held = self._names.get(last_name(holder))
         if isinstance(held, Placed):
             held[key] = value_of(value, self._names)
             held.places[key] = self._at(value)
+        elif last_name(holder) in self._dicts:
+            self._cannot_follow(holder, value)
+
+    def _add(self, holder: ast.expr, given: Sequence[ast.expr], node: ast.AST) -> None:
+        held = self._names.get(last_name(holder))
+        more = [value_of(each, self._names, self._at) for each in given]
+        if not isinstance(held, Placed) or not all(isinstance(each, Placed) for each in more):
+            self._cannot_follow(holder, node)
+            return
+        for each in more:
+            held.add(each)
+
+    def _holds_settings(self, holder: ast.expr) -> bool:
+        name = last_name(holder)
+        return name in self._dicts or isinstance(self._names.get(name), Placed)
+
+    def _cannot_follow(self, holder: ast.expr, node: ast.AST) -> None:
+        """What `node` does to a dictionary only running it would tell."""
+        if last_name(holder) in self._dicts:
+            self._say("code", "settings_changed", ast.unparse(node), node)
+        else:
+            self._forget(holder)
 
     # Calls
 
     def visit_Call(self, node: ast.Call) -> None:
         name = ast.unparse(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else ""
         match node.func:
-            case ast.Attribute(value=holder, attr="update") if last_name(holder) in self._dicts:
-                given = value_of(node.args[0], self._names, self._at) if node.args else None
-                if isinstance(given, Placed):
-                    held = self._names[last_name(holder)]
-                    held.update(given)
-                    held.places |= given.places
-                elif node.args:
-                    self._say("code", "settings_changed", ast.unparse(node), node)
-                for keyword in node.keywords:
-                    if keyword.arg:
-                        self._put(last_name(holder), keyword.arg, keyword.value)
-            case ast.Attribute(value=holder, attr="pop" | "setdefault") if last_name(holder) in self._dicts:
-                self._say("code", "settings_changed", ast.unparse(node), node)
+            case ast.Attribute(value=holder, attr="update") if self._holds_settings(holder):
+                named = ast.Call(ast.Name("dict"), [], node.keywords)
+                self._add(holder, [*node.args, named], node)
+            case ast.Attribute(value=holder, attr="pop" | "setdefault") if self._holds_settings(holder):
+                self._cannot_follow(holder, node)
         ends = [end for end in CALLS if name == end or name.endswith(f".{end}")]
         if ends:
             self._call(max(ends, key=len), node)

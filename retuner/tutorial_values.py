@@ -130,6 +130,38 @@ class Placed(dict[str, Any]):
         super().__init__()
         self.places: dict[str, str] = {}
 
+    def add(self, more: "Placed") -> None:
+        self.update(more)
+        self.places |= more.places
+
+    def copy(self) -> "Placed":
+        made = Placed()
+        made.add(self)
+        return made
+
+    def become(self, other: "Placed") -> None:
+        self.clear()
+        self.places.clear()
+        self.add(other)
+
+
+def one_of(values: Sequence[Any], text: str | None = None) -> Unknown:
+    """What comes to one of these."""
+    options = [o for value in values for o in (value.options if isinstance(value, Unknown) else (value,))]
+    return Unknown(text or " or ".join(map(str, values)), tuple(options))
+
+
+def either(one: Placed, other: Placed) -> Placed:
+    """What two branches leave of a dictionary."""
+    made = Placed()
+    for key in {**one, **other}:
+        sides = [side for side in (one, other) if key in side]
+        values = [side[key] for side in sides]
+        agreed = len(sides) == 2 and values[0] == values[1]
+        made[key] = values[0] if agreed else one_of(values)
+        made.places[key] = "; ".join(dict.fromkeys(side.places[key] for side in sides))
+    return made
+
 
 def last_name(node: ast.expr) -> str:
     """`training_config` of both `training_config` and `self.training_config`; empty for anything else."""
@@ -182,8 +214,7 @@ def _dict(pairs: Sequence[tuple[ast.expr | None, ast.expr]], names: dict[str, An
     for key, value in pairs:
         found = value_of(value, names, place)
         if key is None and isinstance(found, Placed):
-            made.update(found)
-            made.places |= found.places
+            made.add(found)
         elif isinstance(key, ast.Constant):
             made[str(key.value)] = found
             made.places[str(key.value)] = place(value)

@@ -332,6 +332,9 @@ def test_a_setting_that_is_asked_for_twice_and_differently_is_refused(tmp_path):
         "training_config = {'seed': 1}\ntraining_config['seed'] = 3",
         "training_config = {}\ntraining_config.update({'seed': 3})",
         "training_config = {}\ntraining_config.update(seed=3)",
+        "training_config = {'seed': 1}\ntraining_config |= {'seed': 3}",
+        "common = {'seed': 1}\ncommon.update({'seed': 2}, seed=3)\nTrainingArguments(**common)",
+        "training_config = {'seed': 3}\nif fast:\n    training_config['seed'] = 3",
         "common = {'seed': 3}\nTrainingArguments(**common)",
         "common = {'seed': 3}\ntraining_config = {**common}\nTrainingArguments(**training_config)",
         "class Run:\n    def __init__(self):\n        self.training_config = {'seed': 3}",
@@ -355,6 +358,50 @@ def test_a_value_is_found_however_python_spells_it(tmp_path, text):
 )
 def test_what_only_running_it_would_tell_is_refused_not_guessed(tmp_path, text):
     assert row(translated(tmp_path, text), "seed").why.startswith("only running the file would tell")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "training_config = {'seed': 1}\ntraining_config |= load()",
+        "training_config = {'seed': 1}\ntraining_config['seed'] += 1",
+        "training_config = {'seed': 1}\ndef f(training_config):\n    training_config.update({'seed': 3})",
+        "training_config = {'seed': 1}\ndef f(training_config):\n    training_config['seed'] = 3",
+        "def f():\n    training_config = {'seed': 1}\ndef g():\n    training_config.update(seed=3)",
+        "training_config = {'seed': 1}\ntraining_config.pop('seed')",
+    ],
+)
+def test_a_change_of_settings_that_cannot_be_followed_is_refused(tmp_path, text):
+    (refused,) = translated(tmp_path, text).refused
+    assert (refused.key, refused.place) == ("settings_changed", f"line {len(text.splitlines())}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rate = 5e-6\nif fast:\n    rate = 9e-3\ntraining_config = {'learning_rate': rate}",
+        "training_config = {'learning_rate': 5e-6}\nif fast:\n    training_config['learning_rate'] = 9e-3",
+        "training_config = {'learning_rate': 5e-6}\nif fast:\n    training_config.update(learning_rate=9e-3)",
+        "training_config = {'learning_rate': 5e-6}\nif fast:\n    training_config = {'learning_rate': 9e-3}",
+        "if fast:\n    training_config = {'learning_rate': 9e-3}\nelse:\n    training_config = {'learning_rate': 5e-6}",
+        "training_config = {'learning_rate': 5e-6}\ndef main():\n    if fast:\n"
+        "        training_config['learning_rate'] = 9e-3\n    SFTConfig(**training_config)",
+        "training_config = {}\nif fast:\n    training_config['learning_rate'] = 9e-3",
+    ],
+)
+def test_what_a_branch_changes_is_decided_in_the_file(tmp_path, text):
+    found = row(translated(tmp_path, text), "learning_rate")
+    assert (found.verdict, found.became) == ("changed", "train.learning_rate: 0.009")
+    assert "decided where it runs" in found.why
+
+
+def test_a_branch_does_not_see_what_the_other_one_changes(tmp_path):
+    text = (
+        "training_config = {'seed': 3}\nif fast:\n    training_config['seed'] = 4\nelse:\n"
+        "    SFTConfig(**training_config)\n"
+    )
+    found = row(translated(tmp_path, text), "seed")
+    assert (found.verdict, found.became) == ("kept", "train.seed: 3")
 
 
 def test_spreading_what_is_not_known_is_refused(tmp_path):
