@@ -64,7 +64,8 @@ def train_in_processes(
     }
     (work / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
     log = work / "processes.log"
-    with sigterm_held_back(lambda: _tell(launcher, STOP)) as asked_to_stop:
+    launcher: subprocess.Popen[bytes] | None = None
+    with sigterm_held_back(lambda: _stop(launcher)) as asked_to_stop:
         with (
             log.open("wb") as rest,
             subprocess.Popen(
@@ -78,6 +79,8 @@ def train_in_processes(
             ) as launcher,
         ):
             try:
+                if asked_to_stop():  # Maybe before there was anyone to tell.
+                    _stop(launcher)
                 facts, error = _listen(launcher.stdout, observer)  # type: ignore[arg-type]
             except BaseException:
                 launcher.kill()
@@ -123,9 +126,10 @@ def _threads(processes: int) -> str:
     return os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // processes))
 
 
-def _tell(launcher: subprocess.Popen[bytes], line: bytes) -> None:
+def _stop(launcher: subprocess.Popen[bytes] | None) -> None:
     with suppress(OSError, ValueError):  # It has ended by itself.
-        os.write(launcher.stdin.fileno(), line)  # type: ignore[union-attr]
+        if launcher:
+            os.write(launcher.stdin.fileno(), STOP)  # type: ignore[union-attr]
 
 
 def _listen(lines: IO[bytes], observer: Observer) -> tuple[AdapterFacts | None, RetunerError | None]:

@@ -59,6 +59,20 @@ def alone(tmp_path_factory):
     return folder, heard
 
 
+class Ended(Exception):
+    """What the handler that was there before makes of SIGTERM."""
+
+
+@pytest.fixture
+def ends_by_sigterm():
+    def end(number, frame):
+        raise Ended
+
+    before = signal.signal(signal.SIGTERM, end)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 class Interrupting(Heard):
     """Sends a signal to the process of a rank, or to this one, once it hears of a step."""
 
@@ -175,20 +189,10 @@ def test_after_the_kill_of_a_rank_two_processes_end_in_the_same_bytes(undisturbe
 
 @pytest.mark.slow
 @both
-def test_sigterm_lets_all_ranks_finish_their_step(undisturbed, tmp_path, strategy):
-    class Ended(Exception):
-        pass
-
-    def end(number, frame):
-        raise Ended
-
+def test_sigterm_lets_all_ranks_finish_their_step(undisturbed, ends_by_sigterm, tmp_path, strategy):
     folder, heard = make_inputs(tmp_path), Interrupting(9, signal.SIGTERM)
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        with pytest.raises(Ended):
-            together(folder, NOISY, heard, out="terminated", strategy=strategy)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(Ended):
+        together(folder, NOISY, heard, out="terminated", strategy=strategy)
     step = heard.steps[-1]
     assert 9 < step < 30
     assert heard.lines[-1] == f"train: stopped by SIGTERM after step {step} of 30; run again to go on"
@@ -197,11 +201,8 @@ def test_sigterm_lets_all_ranks_finish_their_step(undisturbed, tmp_path, strateg
     assert again.steps[0] == step + 1
 
 
-def test_sigterm_to_all_processes_of_the_machine_costs_no_step(tmp_path):
+def test_sigterm_to_all_processes_of_the_machine_costs_no_step(ends_by_sigterm, tmp_path):
     """As systemd and Slurm stop what they started. A rank hears of it from its launcher and its parent as well."""
-
-    class Ended(Exception):
-        pass
 
     class Cancelled(Heard):
         def progress(self, what, done, total, note=""):
@@ -214,23 +215,29 @@ def test_sigterm_to_all_processes_of_the_machine_costs_no_step(tmp_path):
                         each.send_signal(signal.SIGTERM)
                     time.sleep(0.01)
 
-    def end(number, frame):
-        raise Ended
-
     # Long steps, so that it comes in the middle of one.
     wanted = asked(max_steps=20, batch_size=2, gradient_accumulation=40, checkpoint_every_steps=100)
     folder, heard = make_inputs(tmp_path), Cancelled()
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        with pytest.raises(Ended):
-            together(folder, wanted, heard)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(Ended):
+        together(folder, wanted, heard)
     step = heard.steps[-1]
     assert 5 < step < 20
     assert heard.lines[-1] == f"train: stopped by SIGTERM after step {step} of 20; run again to go on"
     assert (folder / "work" / "sealed" / f"step-{step}" / "manifest.json").exists()
     assert ranks() == {}
+
+
+def test_sigterm_while_the_launcher_starts_is_passed_on(ends_by_sigterm, tmp_path, monkeypatch):
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    heard = Heard()
+    with pytest.raises(Ended):
+        together(make_inputs(tmp_path), asked(max_steps=100_000), heard)
+    assert heard.steps == [] and ranks() == {}
 
 
 @pytest.mark.slow
