@@ -19,9 +19,10 @@ from retuner.fingerprint import fingerprint
 from retuner.layer_probe import head_seconds, layer_cost
 from retuner.lora import count_trainable, put_adapter_on
 from retuner.packing import RowCounts, count_rows, read_rows
+from retuner.row_trainer import makes_logits
 from retuner.skeleton import empty_model, skeleton_of
 from retuner.targets import choose_targets
-from retuner.train_params import TrainParams
+from retuner.train_params import SftParams
 from retuner.training import planned_steps
 
 OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 1, "paged_adamw_8bit": 2}
@@ -137,7 +138,7 @@ class Plan:
         )
 
 
-def make_plan(chats: Chats, base: Base, params: TrainParams, device: str, speeds: Path) -> Plan:
+def make_plan(chats: Chats, base: Base, params: SftParams, device: str, speeds: Path) -> Plan:
     """`speeds` is a file of what earlier runs reached on this machine.
 
     Errors: Refused or Unavailable for what cannot be trained at all; not for what cannot fit.
@@ -146,7 +147,7 @@ def make_plan(chats: Chats, base: Base, params: TrainParams, device: str, speeds
         return _make_plan(chats, base, params, device, speeds)
 
 
-def _make_plan(chats: Chats, base: Base, params: TrainParams, device: str, speeds: Path) -> Plan:
+def _make_plan(chats: Chats, base: Base, params: SftParams, device: str, speeds: Path) -> Plan:
     import torch
 
     counts = count_rows(read_rows(chats.path / "train.arrow"))
@@ -157,16 +158,16 @@ def _make_plan(chats: Chats, base: Base, params: TrainParams, device: str, speed
         return _plan(counts, chats, base, params, device, speeds)
 
 
-def _plan(
-    counts: RowCounts, chats: Chats, base: Base, params: TrainParams, device: str, speeds: Path
-) -> Plan:
+def _plan(counts: RowCounts, chats: Chats, base: Base, params: SftParams, device: str, speeds: Path) -> Plan:
     model = empty_model(base.path)
     total, config = sum(weight.numel() for weight in model.parameters()), model.config
     skeleton = skeleton_of(model)
     targets = choose_targets(params.lora, skeleton, quantized=params.quantization is not None)
     linear = sum(inputs * outputs for inputs, outputs in skeleton.linear.values())
     lora = params.lora.model_copy(update={"init": "default"})  # the others look at the weights
-    trainable = sum(count_trainable(put_adapter_on(model, lora, targets), targets).values())
+    model = put_adapter_on(model, lora, targets)
+    trainable = sum(count_trainable(model, targets).values())
+    logits = makes_logits(model, params, device)
 
     packs = chats.facts.packs
     sequences = packs.count if packs else counts.rows
@@ -223,8 +224,7 @@ def _plan(
         adapter_bytes=trainable * (8 + OPTIMIZER_BYTES.get(params.optimizer, 8)),
         activation_bytes=round(activations[params.gradient_checkpointing]),
         other_activation_bytes=round(activations[not params.gradient_checkpointing]),
-        # On a GPU TRL's head makes them in small parts.
-        logit_bytes=round(batch_tokens * share * vocabulary * LOGIT_BYTES) if device == "cpu" else 0,
+        logit_bytes=round(batch_tokens * share * vocabulary * LOGIT_BYTES) if logits else 0,
         process_bytes=_held(device),
         memory_bytes=_memory(device),
         gradient_checkpointing=params.gradient_checkpointing,

@@ -40,10 +40,7 @@ def row_trainer(
     from trl import SFTConfig, SFTTrainer
 
     noise = EmbeddingNoise(model, params.noise_alpha) if params.noise_alpha else None
-    # TRL's own loss knows no smoothing that would not cost it a second pass, and takes the head for frozen.
-    ours = (
-        device == "cpu" or params.label_smoothing > 0 or _learns(model.get_output_embeddings()) or rank.of > 1
-    )
+    ours = makes_logits(model, params, device) or rank.of > 1
     order = None
     if rank.of > 1:
         order = EvenOrder(len(sequences), params.seed, share(params, rank.of)[0] * rank.of)
@@ -242,8 +239,12 @@ def trainer_arguments(
     return arguments
 
 
-def _learns(module: Any) -> bool:
-    return any(weight.requires_grad for weight in module.parameters())
+def makes_logits(model: Any, params: SftParams, device: str) -> bool:
+    """Whether one process trains by `supervised_loss`. TRL's own on a GPU makes logits in small parts, but knows no
+    smoothing that would not cost it a second pass, and takes the head for frozen."""
+    head = model.get_output_embeddings()
+    head_learns = any(weight.requires_grad for weight in head.parameters())
+    return device == "cpu" or params.label_smoothing > 0 or head_learns
 
 
 def lora_plus(trainer: Any, model: Any, params: TrainParams) -> Any:

@@ -96,6 +96,22 @@ def test_what_saves_memory_is_planned_to(inputs, asked):
     assert mine < other
 
 
+@pytest.mark.parametrize(
+    "asked", [{"label_smoothing": 0.1}, {"lora": {"modules_to_save": ("lm_head",)}}, {}], ids=str
+)
+def test_logits_are_planned_on_a_gpu_where_training_makes_them(inputs, monkeypatch, asked):
+    """The counting is that of a GPU; what would be measured there is measured here."""
+
+    def here(of):
+        return lambda *given: of(*("cpu" if each == "cuda" else each for each in given))
+
+    for name in ("layer_cost", "head_seconds", "machine_name", "_memory"):
+        monkeypatch.setattr(planner, name, here(getattr(planner, name)))
+    counts = planner.count_rows(planner.read_rows(inputs / "chats" / "train.arrow"))
+    places = (chats_of(inputs), base_of(inputs), params(**asked), "cuda", inputs / "none.json")
+    assert planner._plan(counts, *places).logit_bytes == (plan(inputs, **asked).logit_bytes if asked else 0)
+
+
 def test_what_cannot_fit_is_refused_with_what_to_change(inputs):
     planned = replace(plan(inputs), process_bytes=0, activation_bytes=9 * GIB, other_activation_bytes=GIB)
     fits = replace(planned, memory_bytes=10 * GIB)
