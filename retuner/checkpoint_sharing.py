@@ -78,7 +78,8 @@ class CheckpointSharing:
             here = set(checkpoints.steps(self.work))
             for step in sorted(here - self._sent):
                 self._send(step)
-            if self._sent & here:
+            # One that is there may need another: of these none goes before all that are kept here have come.
+            if here and here <= self._sent:
                 for step in self._sent - here:
                     self.shared.drop(f"{self.place}/{checkpoints.sealed(self.work, step).name}")
                 self._sent &= here

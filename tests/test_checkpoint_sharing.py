@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from projects import make_project
 from training_job import STEPS, Heard, make_inputs, run
 
 from flows.pipeline import pipeline
+from retuner import checkpoint_sharing
 from retuner.checkpoint_sharing import CheckpointSharing
 from retuner.params_file import load
 from retuner.runtime import load_runtime
@@ -87,6 +89,41 @@ def test_a_place_that_cannot_be_written_is_said_once_and_training_goes_on(undist
     assert facts.sha256 == undisturbed.sha256
     assert sum("its checkpoints are not shared" in line for line in heard.lines) == 1
     assert sum("without the checkpoints of other machines" in line for line in heard.lines) == 1
+
+
+def test_what_is_let_go_of_stays_shared_until_what_replaces_it_is(tmp_path, url, monkeypatch):
+    """Of early stopping: step 30 needs the best so far, which was 5 and is 40 now."""
+    monkeypatch.setattr(checkpoint_sharing, "LOOK_SECONDS", 0.02)
+    heard, work = Heard(), tmp_path / "work"
+    there = tmp_path / "srv" / work_of("work")
+
+    def seal(step):
+        (tmp_path / "draft").mkdir()
+        (tmp_path / "draft" / "manifest.json").write_text("{}")
+        (work / "sealed").mkdir(parents=True, exist_ok=True)
+        os.rename(tmp_path / "draft", work / "sealed" / f"step-{step}")
+
+    def shared():
+        return {path.parent.name for path in there.glob("*/manifest.json")}
+
+    def wait_until(ask):
+        deadline = time.monotonic() + 60
+        while not ask():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    with CheckpointSharing(SharedStore(url), work, heard.say):
+        seal(5)
+        seal(30)
+        wait_until(lambda: shared() == {"step-5", "step-30"})
+        (there / "step-40").write_text("in the way")
+        seal(40)
+        shutil.rmtree(work / "sealed" / "step-5")
+        wait_until(lambda: any("not shared" in line for line in heard.lines))
+        time.sleep(0.2)  # And tried some times more.
+        assert shared() == {"step-5", "step-30"}
+        (there / "step-40").unlink()
+        wait_until(lambda: shared() == {"step-30", "step-40"})
 
 
 class Dying(Quiet):
