@@ -238,10 +238,8 @@ def _plan(counts: RowCounts, chats: Chats, base: Base, params: SftParams, device
 def record_outcome(aside: Path, plan: Plan, speeds: Path) -> None:
     """plan.json beside the adapter: prediction and outcome. The speed that was reached is the next plan's."""
     reached = json.loads((aside / "effective.json").read_bytes())
-    points = (aside / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    memory = [json.loads(point)["metrics"].get("memory_mb", 0.0) for point in points]
     outcome = {
-        "peak_bytes": round(max(memory) * 1e6),
+        "peak_bytes": round(reached["memory_mb"] * 1e6),
         "seconds": reached["step_seconds"],
         "tokens_per_second": reached["tokens_per_second"],
     }

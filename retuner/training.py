@@ -320,11 +320,15 @@ def _write_aside(
     )
     (aside / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
     entries = result.log.entries
-    seconds = sum(entry["seconds"] for entry in entries)
+    resumed = checkpoints.step_of(result.resumed.name) if result.resumed else 0
+    # Those before may be of another machine.
+    mine = [entry for entry in entries if entry["step"] > resumed]
+    speed = sum(entry["tokens"] for entry in mine) / sum(entry["seconds"] for entry in mine)
     story = {
         **effective,
-        "step_seconds": round(seconds, 3),
-        "tokens_per_second": round(sum(entry["tokens"] for entry in entries) / seconds, 1),
+        "step_seconds": round(sum(entry["seconds"] for entry in entries), 3),
+        "tokens_per_second": round(speed, 1),
+        "memory_mb": round(max(entry["memory_mb"] for entry in mine), 1),
         "resumed_after": result.resumed.name if result.resumed else None,
     }
     (aside / "effective.json").write_text(

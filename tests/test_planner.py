@@ -1,13 +1,14 @@
 """A plan says what a training takes before it happens, and refuses what the machine cannot hold."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 from projects import make_project, retrain, retuner, states
 from training_job import Heard, base_of, chats_of, make_inputs, params, random_rows, run
 
-from retuner import planner
+from retuner import checkpoints, planner
 from retuner.errors import Refused, Unavailable
 from retuner.layer_probe import layer_cost
 from retuner.planner import make_plan, record_outcome
@@ -141,6 +142,28 @@ def test_the_speed_of_an_earlier_run_is_the_next_plan(tmp_path):
     # 12 steps of 2 x 2 sequences of one row: these chats do not say that they are packed.
     assert again.seconds == pytest.approx(12 * 4 * first.tokens / first.rows / again.tokens_per_second)
     assert plan(folder, speeds, precision="bfloat16").speed_from == "a probe"
+
+
+def test_the_speed_of_another_machine_is_not_that_of_this_one(tmp_path):
+    """It did the first steps, at a millionth of the speed and with a million times the memory."""
+    folder, speeds = make_inputs(tmp_path), tmp_path / "speeds.json"
+    first = plan(folder, speeds)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, observer=Heard(die_after=9), out="died")
+    sealed = folder / "work" / "sealed" / "step-8"
+    state = json.loads((sealed / "trainer_state.json").read_bytes())
+    for entry in state["log_history"]:
+        entry["seconds"] *= 1e6
+        entry["memory_mb"] *= 1e6
+    (sealed / "trainer_state.json").write_text(json.dumps(state))
+    (sealed / "manifest.json").unlink()
+    shutil.move(sealed, tmp_path / "staged")
+    checkpoints.seal(folder / "work", tmp_path / "staged", 8)
+    run(folder)
+    record_outcome(folder / "out" / "aside", first, speeds)
+    outcome = json.loads((folder / "out" / "aside" / "plan.json").read_text())["outcome"]
+    assert outcome["peak_bytes"] < 1e12
+    assert plan(folder, speeds).tokens_per_second > 1
 
 
 def test_what_cannot_be_trained_at_all_is_refused_as_training_does(inputs):
