@@ -16,7 +16,12 @@ SAID_ALREADY = (
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """Deterministic algorithms, and as many threads as there are cores to use: sums of floats depend on both."""
+    """Deterministic algorithms, and as many threads as there are cores to use: sums of floats depend on both.
+
+    Where torch has no deterministic algorithm it only warns, and on a GPU flash attention's backward pass then adds up
+    in no fixed order either. Raising instead would give it one, and has not been tried there: one operation without
+    such an algorithm would end a training, as would matrix products made before CUBLAS_WORKSPACE_CONFIG was set.
+    """
     import psutil
     import torch
 

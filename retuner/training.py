@@ -1,6 +1,7 @@
 """`train`: a LoRA adapter, by TRL's SFTTrainer (`retuner.dpo`: DPOTrainer) over rows that are token ids already.
 
-The same params, chats, base and machine type give the same bytes, whether or not the process was killed on the way.
+The same params, chats, base and machine type give the same bytes, whether or not the process was killed on the way; on
+a GPU they may differ, see `retuner.determinism`.
 
 `bfloat16` means: base weights and matrix products in bfloat16; the adapter's weights, their gradients and what the
 optimizer keeps of them in float32, because steps of 1e-4 are lost in bfloat16's eight bits.
