@@ -13,7 +13,7 @@ the end can be compared; an update sees about as many tokens on both sides of a 
 
 Tokens are counted without padding, steps without the first. Where the processor has no bfloat16 of its own all sides
 compute in float32. All run in one process with the same number of threads. The last line is what step metrics cost that
-are streamed to a real MLflow on SQLite. A round of the defaults takes half an hour on two cores; each ends with a report.
+are streamed to a real MLflow on SQLite. A round takes some forty minutes on two cores, and each ends with a report.
 """
 
 import argparse
