@@ -104,6 +104,14 @@ def question_of(params: Path, overrides: tuple[str, ...]) -> str:
     return question.hexdigest()
 
 
+def is_still_asked(question: str, params: Path, overrides: tuple[str, ...]) -> bool:
+    """Whether nothing that the question is made of was edited, or is gone."""
+    try:
+        return question_of(params, overrides) == question
+    except FileNotFoundError:
+        return False
+
+
 def _place(question: str, runtime: Runtime) -> Path:
     return runtime.home / "receipts" / f"{question}.json"
 

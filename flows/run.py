@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.cached import cached_version
-from flows.receipts import keep_receipt, question_of
+from flows.receipts import is_still_asked, keep_receipt, question_of
 from flows.servers import prefect_environment, running_prefect
 from flows.summary import summarise
 from retuner import tracking
@@ -38,7 +38,7 @@ def run_pipeline(params: Path, overrides: tuple[str, ...], runtime: Runtime) -> 
         summary = _run_flow(params, overrides, runtime)
     # The bytes of a local base are not part of the question that a receipt answers. And where a file of it was
     # edited while the run went on, nobody knows which of the two this is the answer to.
-    if context.params.base.source != "local" and question_of(params, overrides) == question:
+    if context.params.base.source != "local" and is_still_asked(question, params, overrides):
         stages = {stage["name"]: stage["fingerprint"] for stage in summary["stages"]}
         keep_receipt(question, runtime, context.dataset, stages)
     return summary

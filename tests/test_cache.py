@@ -23,6 +23,7 @@ from projects import (
 )
 
 from flows.pipeline import STAGES
+from flows.receipts import is_still_asked, question_of
 from retuner.errors import Refused
 from retuner.registry import fetch_lineage
 from retuner.runtime import Runtime
@@ -225,6 +226,13 @@ def test_params_that_are_edited_while_a_run_goes_on_are_not_answered_by_it(home)
     again = retuner(Path.cwd(), home, *asked)
     told = {stage["name"]: stage["state"] for stage in json.loads(again.stdout)["stages"]}
     assert told == from_("register")
+
+
+def test_a_question_whose_params_are_gone_is_no_longer_asked(home):
+    question = question_of(Path("params.yaml"), ())
+    assert is_still_asked(question, Path("params.yaml"), ())
+    Path("params.yaml").unlink()
+    assert not is_still_asked(question, Path("params.yaml"), ())
 
 
 # --- removing what nothing reaches
