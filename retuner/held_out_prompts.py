@@ -38,6 +38,7 @@ def _with_prompts(lines: ChatLines, rows: RowMemo, places: Places) -> Iterator[t
     for numbers in lines.batches(np.arange(len(lines))):
         chats = lines.read(numbers)
         tokens = rows.rows(places[numbers], None)
+        rows.let_go()
         answers = tokens.offsets[:-1] + tokens.spans[tokens.span_offsets[1:] - 1, 0]
         for chat, start, answer in zip(chats, tokens.offsets.tolist(), answers.tolist(), strict=False):
             yield chat, tokens.input_ids[start:answer].tolist()

@@ -175,8 +175,9 @@ class Ordered:
         self.words_file = (folder / "ordered.words").open("w+b")
         self.sketches_file = (folder / "ordered.sketches").open("w+b")
         self.bands_files = [(folder / f"ordered.band{band}").open("w+b", 2**16) for band in range(BANDS)]
-        self._sides: list[Any] = []
-        self._words: list[Any] = []
+        # Small arrays that outlive large ones would keep what the large ones had from being given back.
+        self.sides_file = (folder / "ordered.sides").open("w+b")
+        self.counts_file = (folder / "ordered.counts").open("w+b")
         self.sides: Any = None
         self.word_ends: Any = None
 
@@ -191,17 +192,15 @@ class Ordered:
         ends = np.cumsum(body_sizes(heads)) - heads["line"]
         begins = ends - heads["words"].astype(np.int64) * 4
         self.words_file.write(_joined(batch.bodies, begins, ends))
-        self._sides.append(sides.astype(np.uint16))
-        self._words.append(heads["words"].copy())  # a view would keep the whole heads in memory
+        self.sides_file.write(sides.astype("<u2").tobytes())
+        self.counts_file.write(heads["words"].tobytes())
 
     def finish(self) -> None:
         """After the last row: from now on rows are read."""
-        self.sides = np.concatenate(self._sides) if self._sides else np.zeros(0, np.uint16)
-        words = np.concatenate(self._words) if self._words else np.zeros(0, np.uint32)
-        self.word_ends = np.cumsum(words, dtype=np.int64)
-        self._sides, self._words = [], []
-        for file in (self.heads_file, self.words_file, self.sketches_file, *self.bands_files):
+        for file in self._files:
             file.flush()
+        self.sides = np.fromfile(self.sides_file.name, "<u2")
+        self.word_ends = np.cumsum(np.fromfile(self.counts_file.name, "<u4"), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.sides)
@@ -260,8 +259,13 @@ class Ordered:
         return np.where(rows > 0, self.word_ends[np.maximum(rows, 1) - 1], 0)
 
     def close(self) -> None:
-        for file in (self.heads_file, self.words_file, self.sketches_file, *self.bands_files):
+        for file in self._files:
             file.close()
+
+    @property
+    def _files(self) -> list[BinaryIO]:
+        several = (self.heads_file, self.words_file, self.sketches_file, self.sides_file, self.counts_file)
+        return [*several, *self.bands_files]
 
 
 def _gathered(file: BinaryIO, begins: Any, ends: Any) -> bytes:

@@ -69,6 +69,7 @@ def template(
     for side in (train, held_out):
         side.measure(rows, params)
         check.others(side.lines, rows, side.places)
+        rows.let_go()
     if params.too_long == "refuse":
         _refuse_too_long(train, held_out, params)
     for side in (train, held_out):
