@@ -1,13 +1,16 @@
 """What cannot be trained, said before any weight is loaded."""
 
+from pathlib import Path
+
 from retuner.errors import Refused, Unavailable
+from retuner.fused_kernels import refuse_what_cannot_be_fused
 from retuner.packing import RowCounts
 from retuner.quantized import require_bitsandbytes
 from retuner.train_params import TrainParams
 
 
-def refuse_what_cannot_work(counts: RowCounts, params: TrainParams, device: str) -> None:
-    """Errors: Refused or Unavailable."""
+def refuse_what_cannot_work(counts: RowCounts, params: TrainParams, device: str, base: Path) -> None:
+    """`base` is the folder of the model. Errors: Refused or Unavailable."""
     import torch
     from transformers.utils import is_flash_attn_2_available
 
@@ -30,6 +33,7 @@ def refuse_what_cannot_work(counts: RowCounts, params: TrainParams, device: str)
         raise Unavailable(
             "there is no CUDA device", "one that PyTorch can use", "set RETUNER_DEVICE to cpu or auto"
         )
+    refuse_what_cannot_be_fused(base, params, device)
     if params.attention == "flash_attention_2":
         if device != "cuda" or params.precision != "bfloat16":
             raise Refused(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from retuner.errors import Refused
+from retuner.fused_kernels import fuse
 from retuner.lora import put_adapter_on
 from retuner.row_attention import attend_by_row
 from retuner.skeleton import skeleton_of
@@ -34,7 +35,14 @@ class LayerCost:
 
 @lru_cache(maxsize=8)
 def layer_cost(
-    base: Path, lora: str, precision: str, attention: str, device: str, row_tokens: int, rows: int
+    base: Path,
+    lora: str,
+    precision: str,
+    attention: str,
+    device: str,
+    row_tokens: int,
+    rows: int,
+    kernels: str = "torch",
 ) -> LayerCost:
     """`lora` is a LoraParams as JSON; of its layers and patterns nothing counts here. Rows lie end to end."""
     asked = LoraParams.model_validate_json(lora).model_copy(
@@ -47,7 +55,8 @@ def layer_cost(
         }
     )
     one, two = (
-        _measure(base, layers, asked, precision, attention, device, row_tokens, rows) for layers in (1, 2)
+        _measure(base, layers, asked, precision, attention, device, row_tokens, rows, kernels)
+        for layers in (1, 2)
     )
     tokens = row_tokens * rows
     # Noise can make two layers look cheaper than one; a layer costs at least a third of a model of one.
@@ -82,11 +91,12 @@ def _measure(
     device: str,
     row_tokens: int,
     rows: int,
+    kernels: str,
 ) -> tuple[float, float, float]:
     """Bytes that are kept, forward seconds, and seconds of both passes, of a model of so many layers."""
     import torch
 
-    model, by_row = _small_model(base, layers, lora, precision, attention, device)
+    model, by_row = _small_model(base, layers, lora, precision, attention, device, kernels)
     batch = _batch(row_tokens, rows, by_row, device)
     kept: dict[int, int] = {}
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
@@ -113,7 +123,7 @@ def _measure(
 
 
 def _small_model(
-    base: Path, layers: int, lora: LoraParams, precision: str, attention: str, device: str
+    base: Path, layers: int, lora: LoraParams, precision: str, attention: str, device: str, kernels: str
 ) -> tuple[Any, bool]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -133,7 +143,10 @@ def _small_model(
     except Refused:  # names of single layers, which there are none of here
         lora = lora.model_copy(update={"targets": "all-linear"})
         targets = choose_targets(lora, skeleton_of(small))
-    return put_adapter_on(small, lora, targets).train(), by_row
+    model = put_adapter_on(small, lora, targets).train()
+    if kernels == "liger":
+        fuse(model)
+    return model, by_row
 
 
 def _batch(row_tokens: int, rows: int, by_row: bool, device: str) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def _make_plan(chats: Chats, base: Base, params: SftParams, device: str, speeds:
     counts = count_rows(read_rows(chats.path / "train.arrow"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    refuse_what_cannot_work(counts, params, device)
+    refuse_what_cannot_work(counts, params, device, base.path)
     with torch.random.fork_rng(devices=[0] if device == "cuda" else []):
         return _plan(counts, chats, base, params, device, speeds)
 
@@ -180,7 +180,7 @@ def _plan(counts: RowCounts, chats: Chats, base: Base, params: SftParams, device
     share = counts.supervised_tokens / counts.tokens
     layer = layer_cost(
         base.path, params.lora.model_dump_json(), params.precision, params.attention, device, row_tokens,
-        max(1, PROBE_TOKENS // row_tokens),
+        max(1, PROBE_TOKENS // row_tokens), params.kernels,
     )  # fmt: skip
     layers, vocabulary = config.num_hidden_layers, config.vocab_size
     width = WEIGHT_BYTES[params.precision]

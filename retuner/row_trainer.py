@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from retuner import checkpoints
+from retuner.fused_kernels import has_fused_head, head_nats
 from retuner.lora import refuse_not_finite
 from retuner.noise import EmbeddingNoise
 from retuner.packing import NO_LOSS, PAD_ID, collator, take_token_count
@@ -40,7 +41,8 @@ def row_trainer(
     from trl import SFTConfig, SFTTrainer
 
     noise = EmbeddingNoise(model, params.noise_alpha) if params.noise_alpha else None
-    ours = makes_logits(model, params, device) or rank.of > 1
+    fused = has_fused_head(model, params)
+    ours = fused or makes_logits(model, params, device) or rank.of > 1
     order = None
     if rank.of > 1:
         order = EvenOrder(len(sequences), params.seed, share(params, rank.of)[0] * rank.of)
@@ -57,7 +59,9 @@ def row_trainer(
 
             def loss(batch):
                 # Gradients are averaged over the processes, and their sum is meant.
-                return rank.of * supervised_loss(base, batch, num_items_in_batch, params.label_smoothing)
+                return rank.of * supervised_loss(
+                    base, batch, num_items_in_batch, params.label_smoothing, fused
+                )
 
             with self.accelerator.autocast():
                 if rank.of == 1:
@@ -240,8 +244,11 @@ def trainer_arguments(
 
 
 def makes_logits(model: Any, params: SftParams, device: str) -> bool:
-    """Whether one process trains by `supervised_loss`. TRL's own on a GPU makes logits in small parts, but knows no
-    smoothing that would not cost it a second pass, and takes the head for frozen."""
+    """Whether one process makes the logits of a whole batch at once. TRL's own loss on a GPU makes them in small
+    parts, but knows no smoothing that would not cost it a second pass, and takes the head for frozen; Liger's makes
+    them so too, and knows smoothing."""
+    if has_fused_head(model, params):
+        return False
     head = model.get_output_embeddings()
     head_learns = any(weight.requires_grad for weight in head.parameters())
     return device == "cpu" or params.label_smoothing > 0 or head_learns
@@ -267,8 +274,11 @@ def lora_plus(trainer: Any, model: Any, params: TrainParams) -> Any:
     )
 
 
-def supervised_loss(causal: Any, inputs: dict[str, Any], items: Any, label_smoothing: float = 0.0) -> Any:
-    """Nats summed over the batch's supervised tokens, divided by `items`. `label_smoothing` is torch's.
+def supervised_loss(
+    causal: Any, inputs: dict[str, Any], items: Any, label_smoothing: float = 0.0, fused: bool = False
+) -> Any:
+    """Nats summed over the batch's supervised tokens, divided by `items`. `label_smoothing` is torch's; `fused` is
+    whether by Liger's kernel, see `retuner.fused_kernels`.
 
     Logits are made for supervised positions only. TRL does so on GPUs; on a CPU it makes them for every
     position, three times over, which with a vocabulary of 49 152 costs a 135M model more than the rest of it.
@@ -278,8 +288,11 @@ def supervised_loss(causal: Any, inputs: dict[str, Any], items: Any, label_smoot
     targets = inputs.pop("labels")[:, 1:]
     supervised = targets != NO_LOSS
     hidden = causal.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-    logits = causal.get_output_embeddings()(hidden[supervised]).float()
-    nats = torch.nn.functional.cross_entropy(
-        logits, targets[supervised], reduction="sum", label_smoothing=label_smoothing
-    )
+    head, hidden, targets = causal.get_output_embeddings(), hidden[supervised], targets[supervised]
+    if fused and len(targets):  # A blank has none.
+        nats = head_nats(head, hidden, targets, label_smoothing)
+    else:
+        nats = torch.nn.functional.cross_entropy(
+            head(hidden).float(), targets, reduction="sum", label_smoothing=label_smoothing
+        )
     return nats / torch.as_tensor(items).clamp(min=1)

@@ -24,6 +24,7 @@ def refuse_what_cannot_be_sharded(params: SftParams, targets: Targets) -> None:
         f"lora.targets {', '.join(targets.names)}, as parts of fused layers,": bool(targets.parts),
         "quantization": params.quantization is not None,
         "stop_early": params.stop_early is not None,
+        f"kernels {params.kernels}": params.kernels != "torch",
         f"lora.init {params.lora.init}": params.lora.init != "default",
         "lora.modules_to_save": bool(params.lora.modules_to_save),
         f"lora.bias {params.lora.bias}": params.lora.bias != "none",

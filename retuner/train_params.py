@@ -61,6 +61,8 @@ class TrainParams(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     precision: Literal["float32", "bfloat16"]
     attention: Literal["sdpa", "eager", "flash_attention_2"]
+    kernels: Literal["torch", "liger"]
+    """Liger's fused RMSNorm, RoPE, SwiGLU and, for sft, head with loss, on a GPU; the base is a Phi-3."""
     max_steps: Positive | None
     epochs: Annotated[float, Field(gt=0)] | None
     batch_size: Positive

@@ -23,6 +23,7 @@ from retuner.determinism import quiet, reproducible
 from retuner.errors import RetunerError
 from retuner.feasible import refuse_what_cannot_work
 from retuner.files import sha256_file
+from retuner.fused_kernels import VERSION, fuse, has_fused_head, unfuse, uses_liger
 from retuner.lora import (
     WEIGHTS,
     begin_weights,
@@ -96,6 +97,8 @@ class Learned:
     rank: Rank
     by_row: bool
     """Packed rows were attended to one by one, see `retuner.row_attention`."""
+    fused: dict[str, int]
+    """How many modules were computed by which of Liger's kernels, see `retuner.fused_kernels`."""
 
 
 def train(
@@ -184,7 +187,7 @@ def _learn(
 
     staging = checkpoints.clear_staging(work) if rank.leads else work / "staging"
     counts = recipe.count(chats.path)
-    refuse_what_cannot_work(counts, params, device)
+    refuse_what_cannot_work(counts, params, device, base.path)
     targets = choose_targets(params.lora, read_skeleton(base.path), quantized=params.quantization is not None)
     if targets.told:
         observer.say(f"train: adapting {', '.join(targets.names)}; in this base {', '.join(targets.told)}")
@@ -211,6 +214,9 @@ def _learn(
     begun = begin_weights(model, params.lora)
     if weights:
         load_weights(model, weights)
+    fused = fuse(model) if uses_liger(params) else {}
+    if isinstance(params, SftParams) and has_fused_head(model, params):
+        fused["head with loss"] = 1
     _say_what_learns(model, targets, counts, packed, fill, observer)
 
     log = StepLog(params.log_every_steps, steps, observer, recipe.logged)
@@ -233,6 +239,8 @@ def _learn(
     by_row = model.config._attn_implementation == ROW_ATTENTION
     if by_row:  # From here on nobody says where rows end.
         model.get_base_model().set_attn_implementation(params.attention)
+    if fused:
+        unfuse(model)
     if stopping:
         observer.say(f"train: the adapter is that of {stopping.story(finished)}")
         if stopping.best_step != finished:
@@ -248,6 +256,7 @@ def _learn(
         packing_fill=fill,
         rank=rank,
         by_row=by_row,
+        fused=fused,
     )
 
 
@@ -295,6 +304,9 @@ def _effective(result: Learned, params: TrainParams) -> dict[str, str]:
     }
     if result.by_row:
         told["packed_rows"] = "end to end, each attended by itself"
+    if result.fused:
+        counts = ", ".join(f"{count} {kernel}" for kernel, count in result.fused.items())
+        told["kernels"] = f"liger-kernel {VERSION}: {counts}"
     if result.rank.of > 1:
         told["strategy"] = "fsdp" if is_sharded(result.model) else "ddp"
     if packed := getattr(config, "quantization_config", None):

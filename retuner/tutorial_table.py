@@ -125,8 +125,10 @@ TABLE: tuple[Entry, ...] = (
               only=lambda v: v == {"use_reentrant": True})),
     row("training", "activation_checkpointing activation_checkpointing_kwargs activation_offloading",
          only_off(NO_SETTING, "leave it out; train.gradient_checkpointing saves memory")),
-    row("training", "torch_compile torch_compile_backend torch_compile_mode use_liger use_liger_kernel "
-         "liger_kernel_config auto_find_batch_size torch_empty_cache_steps", only_off(NO_SETTING)),
+    row("training", "use_liger use_liger_kernel", keep("train.kernels", value=lambda v: "liger", only=on,
+         note="needs EXTRAS=liger"), keep("train.kernels", value=lambda v: "torch", only=off)),
+    row("training", "torch_compile torch_compile_backend torch_compile_mode liger_kernel_config "
+         "auto_find_batch_size torch_empty_cache_steps", only_off(NO_SETTING)),
     row("training model", "use_cache", already("always so while training: packed rows are kept apart by it", off),
          Rule("changed", "off while training, where it would let packed rows see each other; on for answers",
               only=on)),
@@ -343,6 +345,7 @@ THEIR_DEFAULTS: dict[str, Any] = {
     "train.seed": 42,
     "train.precision": "float32",
     "train.attention": "sdpa",
+    "train.kernels": "torch",
     "train.max_steps": None,
     "train.epochs": 3.0,
     MAX_TOKENS: 1024,

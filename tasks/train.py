@@ -6,6 +6,7 @@ from retuner import dpo, launch, planner, registry, training
 from retuner.artifacts import AdapterFacts, Base, Chats
 from retuner.checkpoint_sharing import CheckpointSharing
 from retuner.errors import Refused
+from retuner.fused_kernels import require_liger, uses_liger
 from retuner.metric_stream import MetricStream
 from retuner.observe import Tee
 from retuner.quantized import needs_bitsandbytes, require_bitsandbytes
@@ -18,6 +19,7 @@ from tasks.step import Step
 def train(run: RunContext, chats: Chats, base: Base, params: SftParams | DpoParams) -> Step[AdapterFacts]:
     """A LoRA adapter; step metrics go to MLflow while it learns."""
     require_bitsandbytes(params)
+    require_liger(params)
     spelled = params.model_dump(mode="json")
     inputs: dict[str, Any] = {"chats": chats.digest, "base": base.digest}
     start = None
@@ -65,6 +67,8 @@ def train(run: RunContext, chats: Chats, base: Base, params: SftParams | DpoPara
         return facts
 
     extra = ("bitsandbytes",) if needs_bitsandbytes(params) else ()
+    if uses_liger(params):
+        extra = (*extra, "liger-kernel", "triton")
     return Step(
         stage="train",
         code=("retuner.dpo:train" if isinstance(params, DpoParams) else "retuner.training:train",),

@@ -345,6 +345,7 @@ def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, processes):
     [
         ({"stop_early": {"every_steps": 2, "patience": 2, "min_improvement": 0.0}}, "train.stop_early"),
         ({"lora": {"init": "pissa"}}, "train.lora.init pissa"),
+        ({"kernels": "liger"}, "train.kernels liger"),
         ({"lora": {"modules_to_save": ("norm",)}}, "train.lora.modules_to_save"),
         ({"lora": {"targets": ("q_proj",)}}, "parts of fused layers"),
     ],

@@ -241,6 +241,8 @@ def test_a_cell_that_is_no_python_is_told(tmp_path):
             "changed",
             "train.warmup_fraction: 0.1",
         ),
+        ("training_config = {'use_liger_kernel': True}", "use_liger_kernel", "kept", "train.kernels: liger"),
+        ("training_config = {'use_liger_kernel': False}", "use_liger_kernel", "kept", "train.kernels: torch"),
         ("training_config = {'fp16': True}", "fp16", "refused", ""),
         ("training_config = {'fp16': False}", "fp16", "kept", ""),
         ("training_config = {'gradient_checkpointing_kwargs': {'use_reentrant': True}}",

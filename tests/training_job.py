@@ -35,6 +35,7 @@ PARAMS: dict[str, Any] = {
     "seed": 1,
     "precision": "float32",
     "attention": "sdpa",
+    "kernels": "torch",
     "max_steps": STEPS,
     "epochs": None,
     "batch_size": 2,
