@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retuner.errors import RetunerError
+from retuner.lora_layer import without_extra_passes
 from retuner.skeleton import kind_of
 from retuner.targets import Targets, pattern
 from retuner.train_params import LoraParams
@@ -46,6 +47,7 @@ def put_adapter_on(model: Any, params: LoraParams, targets: Targets) -> Any:
     # Without a name PEFT has nothing to ask the hub about when a checkpoint is saved.
     config.base_model_name_or_path = None
     _learn_in_float32(adapted)
+    without_extra_passes(adapted)
     for path in targets.parts:
         weight = adapted.get_base_model().get_submodule(path).lora_B["default"].weight
         _hold_at_zero(weight, silent_rows(targets, path, weight.shape))
