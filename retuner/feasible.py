@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from retuner.errors import Refused, Unavailable
+from retuner.float8 import refuse_what_cannot_be_float8
 from retuner.fused_kernels import refuse_what_cannot_be_fused
 from retuner.packing import RowCounts
 from retuner.quantized import require_bitsandbytes
@@ -34,6 +35,7 @@ def refuse_what_cannot_work(counts: RowCounts, params: TrainParams, device: str,
             "there is no CUDA device", "one that PyTorch can use", "set RETUNER_DEVICE to cpu or auto"
         )
     refuse_what_cannot_be_fused(base, params, device)
+    refuse_what_cannot_be_float8(base, params, device)
     if params.attention == "flash_attention_2":
         if device != "cuda" or params.precision != "bfloat16":
             raise Refused(

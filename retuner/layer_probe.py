@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from retuner.errors import Refused
-from retuner.fused_kernels import fuse
+from retuner.float8 import hold_in_float8, uses_float8
+from retuner.fused_kernels import fuse, uses_liger
 from retuner.lora import put_adapter_on
 from retuner.row_attention import attend_by_row
 from retuner.skeleton import skeleton_of
 from retuner.targets import choose_targets
-from retuner.train_params import LoraParams
+from retuner.train_params import SftParams
 
 TRIES = 3
 VOCABULARY = 64
@@ -34,18 +35,11 @@ class LayerCost:
 
 
 @lru_cache(maxsize=8)
-def layer_cost(
-    base: Path,
-    lora: str,
-    precision: str,
-    attention: str,
-    device: str,
-    row_tokens: int,
-    rows: int,
-    kernels: str = "torch",
-) -> LayerCost:
-    """`lora` is a LoraParams as JSON; of its layers and patterns nothing counts here. Rows lie end to end."""
-    asked = LoraParams.model_validate_json(lora).model_copy(
+def layer_cost(base: Path, params: str, device: str, row_tokens: int, rows: int) -> LayerCost:
+    """`params` is an SftParams as JSON; of its adapter's layers and patterns nothing counts here. Rows lie end to
+    end."""
+    asked = SftParams.model_validate_json(params)
+    lora = asked.lora.model_copy(
         update={
             "layers": "all",
             "rank_pattern": {},
@@ -54,10 +48,8 @@ def layer_cost(
             "init": "default",
         }
     )
-    one, two = (
-        _measure(base, layers, asked, precision, attention, device, row_tokens, rows, kernels)
-        for layers in (1, 2)
-    )
+    asked = asked.model_copy(update={"lora": lora})
+    one, two = (_measure(base, layers, asked, device, row_tokens, rows) for layers in (1, 2))
     tokens = row_tokens * rows
     # Noise can make two layers look cheaper than one; a layer costs at least a third of a model of one.
     saved, forward, both = (
@@ -83,20 +75,12 @@ def head_seconds(hidden: int, vocabulary: int, precision: str, device: str, toke
 
 
 def _measure(
-    base: Path,
-    layers: int,
-    lora: LoraParams,
-    precision: str,
-    attention: str,
-    device: str,
-    row_tokens: int,
-    rows: int,
-    kernels: str,
+    base: Path, layers: int, params: SftParams, device: str, row_tokens: int, rows: int
 ) -> tuple[float, float, float]:
     """Bytes that are kept, forward seconds, and seconds of both passes, of a model of so many layers."""
     import torch
 
-    model, by_row = _small_model(base, layers, lora, precision, attention, device, kernels)
+    model, by_row = _small_model(base, layers, params, device)
     batch = _batch(row_tokens, rows, by_row, device)
     kept: dict[int, int] = {}
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
@@ -108,7 +92,7 @@ def _measure(
         return tensor
 
     def forward() -> Any:
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=params.precision == "bfloat16"):
             return model.get_base_model().base_model(**batch, use_cache=False).last_hidden_state
 
     def both() -> None:
@@ -122,9 +106,7 @@ def _measure(
     return float(sum(kept.values())), forward_seconds, seconds
 
 
-def _small_model(
-    base: Path, layers: int, lora: LoraParams, precision: str, attention: str, device: str, kernels: str
-) -> tuple[Any, bool]:
+def _small_model(base: Path, layers: int, params: SftParams, device: str) -> tuple[Any, bool]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -135,16 +117,22 @@ def _small_model(
     config.vocab_size = VOCABULARY
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     small = AutoModelForCausalLM.from_config(
-        config, dtype=getattr(torch, precision), attn_implementation=attention, trust_remote_code=False
+        config,
+        dtype=getattr(torch, params.precision),
+        attn_implementation=params.attention,
+        trust_remote_code=False,
     ).to(device)
-    by_row = attention == "sdpa" and attend_by_row(small)
+    by_row = params.attention == "sdpa" and attend_by_row(small)
+    lora = params.lora
     try:
         targets = choose_targets(lora, skeleton_of(small))
     except Refused:  # names of single layers, which there are none of here
         lora = lora.model_copy(update={"targets": "all-linear"})
         targets = choose_targets(lora, skeleton_of(small))
     model = put_adapter_on(small, lora, targets).train()
-    if kernels == "liger":
+    if uses_float8(params):
+        hold_in_float8(model)
+    if uses_liger(params):
         fuse(model)
     return model, by_row
 

@@ -16,6 +16,7 @@ from retuner.errors import Refused
 from retuner.feasible import refuse_what_cannot_work
 from retuner.files import write_whole
 from retuner.fingerprint import fingerprint
+from retuner.float8 import uses_float8
 from retuner.layer_probe import head_seconds, layer_cost
 from retuner.lora import count_trainable, put_adapter_on
 from retuner.packing import RowCounts, count_rows, read_rows
@@ -30,6 +31,7 @@ OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 1, "paged_adamw_8bit": 2}
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0}
 QUANTIZED_BYTES = {True: 0.52, False: 0.57}
 """A 4-bit weight with its share of the scales, which are quantised themselves or not."""
+FLOAT8_BYTES = 1.0
 LOGIT_BYTES = 16
 """Of one logit: itself in the base's precision, in float32, its logarithm of the softmax, its gradient."""
 PROBE_TOKENS = 512
@@ -179,16 +181,17 @@ def _plan(counts: RowCounts, chats: Chats, base: Base, params: SftParams, device
     fill = packs.fill if packs else counts.tokens / (counts.rows * counts.longest_tokens)
     share = counts.supervised_tokens / counts.tokens
     layer = layer_cost(
-        base.path, params.lora.model_dump_json(), params.precision, params.attention, device, row_tokens,
-        max(1, PROBE_TOKENS // row_tokens), params.kernels,
-    )  # fmt: skip
+        base.path, params.model_dump_json(), device, row_tokens, max(1, PROBE_TOKENS // row_tokens)
+    )
     layers, vocabulary = config.num_hidden_layers, config.vocab_size
     width = WEIGHT_BYTES[params.precision]
     kept = batch_tokens * layer.saved_bytes
     activations = {False: kept * layers, True: kept + batch_tokens * layers * config.hidden_size * width}
     weights = total * width
     if params.quantization:
-        weights = (total - linear) * width + linear * QUANTIZED_BYTES[params.quantization.double]
+        weights = (total - linear) * width + linear * (
+            FLOAT8_BYTES if uses_float8(params) else QUANTIZED_BYTES[params.quantization.double]
+        )
 
     machine = machine_name(device)
     key = fingerprint(

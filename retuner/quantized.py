@@ -13,14 +13,18 @@ from retuner.errors import Unavailable
 from retuner.train_params import QuantizationParams, TrainParams
 
 
+def in_4_bits(params: TrainParams) -> bool:
+    return params.quantization is not None and params.quantization.kind != "float8"
+
+
 def needs_bitsandbytes(params: TrainParams) -> bool:
-    return params.quantization is not None or params.optimizer.startswith("paged_")
+    return in_4_bits(params) or params.optimizer.startswith("paged_")
 
 
 def require_bitsandbytes(params: TrainParams) -> None:
     """Errors: Unavailable when these params need it and it is not installed."""
     if needs_bitsandbytes(params) and find_spec("bitsandbytes") is None:
-        asked = "train.quantization" if params.quantization else f"train.optimizer {params.optimizer}"
+        asked = "train.quantization" if in_4_bits(params) else f"train.optimizer {params.optimizer}"
         raise Unavailable(
             f"{asked} needs bitsandbytes, which is not installed",
             "the extra qlora, which the usual set-up leaves out",
@@ -29,7 +33,7 @@ def require_bitsandbytes(params: TrainParams) -> None:
 
 
 def bits_and_bytes(params: QuantizationParams, precision: str) -> Any:
-    """How transformers loads the base: products in `precision`, weights in 4 bits."""
+    """How transformers loads a base in 4 bits: products in `precision`."""
     import torch
     from transformers import BitsAndBytesConfig
 

@@ -274,6 +274,26 @@ def lora_plus(trainer: Any, model: Any, params: TrainParams) -> Any:
     )
 
 
+def mean_loss(model: Any, sequences: Any, packed: bool) -> float:
+    """Nats a supervised token of a few sequences, without dropout, as a step would compute them."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    base = model.get_base_model()
+    batch = collator(packed, model.config._attn_implementation)(list(sequences))
+    take_token_count(batch)
+    batch = {
+        name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()
+    }
+    items = (batch["labels"][:, 1:] != NO_LOSS).sum()
+    enabled = model.dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=enabled):
+        loss = supervised_loss(base, batch, items)
+    model.train(was_training)
+    return float(loss)
+
+
 def supervised_loss(
     causal: Any, inputs: dict[str, Any], items: Any, label_smoothing: float = 0.0, fused: bool = False
 ) -> Any:

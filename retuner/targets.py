@@ -266,7 +266,7 @@ def _saved(params: LoraParams, base: Skeleton, layers: tuple[str, ...], quantize
             )
         if quantized and (packed := [p for p in paths if any(_contains(p, layer) for layer in base.linear)]):
             raise Refused(
-                f"train.lora.modules_to_save has {packed[0]}, which train.quantization stores in 4 bits",
+                f"train.lora.modules_to_save has {packed[0]}, which train.quantization rounds",
                 "embeddings, norms or the head, which keep their precision",
                 "adapt it as a target instead",
             )

@@ -38,11 +38,17 @@ class LoraParams(Strict):
 
 
 class QuantizationParams(Strict):
-    """QLoRA: the base's linear layers in 4 bits while training."""
+    """The base's linear layers while training: in 4 bits (QLoRA), or in float8, see `retuner.float8`."""
 
-    kind: Literal["nf4", "fp4"]
+    kind: Literal["nf4", "fp4", "float8"]
     double: bool
-    """Quantise the quantisation's own scales too: 0.4 bits a weight less."""
+    """Quantise the scales of 4 bits too: 0.4 bits a weight less."""
+
+    @model_validator(mode="after")
+    def _scales_that_there_are(self):
+        if self.kind == "float8" and self.double:
+            raise ValueError("kind float8 has a scale for each row, too few to quantise: set double to false")
+        return self
 
 
 class StopEarlyParams(Strict):
@@ -88,6 +94,17 @@ class TrainParams(Strict):
     def _one_length(self):
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("exactly one of max_steps and epochs must be a number, the other null")
+        return self
+
+    @model_validator(mode="after")
+    def _float8_beside_bfloat16(self):
+        if self.quantization and self.quantization.kind == "float8":
+            if self.precision != "bfloat16":
+                raise ValueError(
+                    f"precision is {self.precision}: float8 products come out in bfloat16, set that"
+                )
+            if self.lora.dora:
+                raise ValueError("lora.dora needs the base's weights as numbers: no float8 with it")
         return self
 
     @model_validator(mode="after")

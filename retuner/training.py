@@ -23,6 +23,7 @@ from retuner.determinism import quiet, reproducible
 from retuner.errors import RetunerError
 from retuner.feasible import refuse_what_cannot_work
 from retuner.files import sha256_file
+from retuner.float8 import COMPARED_SEQUENCES, hold_in_float8, uses_float8
 from retuner.fused_kernels import VERSION, fuse, has_fused_head, unfuse, uses_liger
 from retuner.lora import (
     WEIGHTS,
@@ -37,10 +38,10 @@ from retuner.lora import (
 )
 from retuner.observe import Observer
 from retuner.packing import RowCounts, count_rows, lay_out, read_rows
-from retuner.quantized import bits_and_bytes, keep_differentiable
+from retuner.quantized import bits_and_bytes, in_4_bits, keep_differentiable
 from retuner.ranks import ALONE, Rank, agreed
 from retuner.row_attention import ROW_ATTENTION, attend_by_row
-from retuner.row_trainer import row_trainer, stop_when
+from retuner.row_trainer import mean_loss, row_trainer, stop_when
 from retuner.sharded import is_sharded
 from retuner.skeleton import read_skeleton
 from retuner.step_log import StepLog
@@ -99,6 +100,8 @@ class Learned:
     """Packed rows were attended to one by one, see `retuner.row_attention`."""
     fused: dict[str, int]
     """How many modules were computed by which of Liger's kernels, see `retuner.fused_kernels`."""
+    float8: str | None
+    """What is to say of it, see `retuner.float8`."""
 
 
 def train(
@@ -200,7 +203,9 @@ def _learn(
     stopping = None
     if isinstance(params, SftParams) and params.stop_early:
         stopping = Stopping(params.stop_early, chats.path / "held_out.arrow", steps, observer)
-    bits = bits_and_bytes(params.quantization, params.precision) if params.quantization else None
+    bits = None
+    if params.quantization and in_4_bits(params):
+        bits = bits_and_bytes(params.quantization, params.precision)
     # What is cut into parts is never whole on a GPU.
     place = "cpu" if rank.strategy == "fsdp" else device
     model = load_model(
@@ -214,6 +219,11 @@ def _learn(
     begun = begin_weights(model, params.lora)
     if weights:
         load_weights(model, weights)
+    float8 = None
+    if uses_float8(params):
+        first = sequences.select(range(min(COMPARED_SEQUENCES, len(sequences))))
+        float8 = hold_in_float8(model, lambda: mean_loss(model, first, packed))
+        observer.say(f"train: {float8}")
     fused = fuse(model) if uses_liger(params) else {}
     if isinstance(params, SftParams) and has_fused_head(model, params):
         fused["head with loss"] = 1
@@ -257,6 +267,7 @@ def _learn(
         rank=rank,
         by_row=by_row,
         fused=fused,
+        float8=float8,
     )
 
 
@@ -309,6 +320,8 @@ def _effective(result: Learned, params: TrainParams) -> dict[str, str]:
         told["kernels"] = f"liger-kernel {VERSION}: {counts}"
     if result.rank.of > 1:
         told["strategy"] = "fsdp" if is_sharded(result.model) else "ddp"
+    if result.float8:
+        told["quantization"] = f"{result.float8}; evaluated and served on the base as it is"
     if packed := getattr(config, "quantization_config", None):
         told["quantization"] = (
             f"{packed.bnb_4bit_quant_type}{', double' if packed.bnb_4bit_use_double_quant else ''}, computes in "

@@ -182,9 +182,12 @@ def preferring(folder: Path) -> dict[str, Any]:
 
 def probed(folder: Path) -> dict[str, float]:
     """Bytes a token that a layer keeps, by kernels."""
-    lora = params().lora.model_dump_json()
-    asked = (folder / "base", lora, "float32", "sdpa", "cpu", 8, 4)
-    return {kernels: layer_cost(*asked, kernels).saved_bytes for kernels in ("torch", "liger")}
+    return {
+        kernels: layer_cost(
+            folder / "base", params(kernels=kernels).model_dump_json(), "cpu", 8, 4
+        ).saved_bytes
+        for kernels in ("torch", "liger")
+    }
 
 
 if __name__ == "__main__":

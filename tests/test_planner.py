@@ -79,7 +79,7 @@ def test_the_memory_of_activations_is_what_autograd_keeps(inputs, precision):
         output = model.get_base_model().base_model(
             **{name: value for name, value in batch.items() if name != "labels"}, use_cache=False
         )
-    layer = layer_cost(inputs / "base", lora.model_dump_json(), precision, "sdpa", "cpu", 40, 12)
+    layer = layer_cost(inputs / "base", params(precision=precision).model_dump_json(), "cpu", 40, 12)
     assert output and sum(kept.values()) == pytest.approx(2 * 480 * layer.saved_bytes, rel=0.1)
 
 
