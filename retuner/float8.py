@@ -71,6 +71,10 @@ def hold_in_float8(adapted: Any, loss: Callable[[], float] | None = None) -> str
             if type(child) is torch.nn.Linear and child is not head and not child.weight.requires_grad:
                 setattr(module, name, _layer()(child))
                 count += 1
+    # Each process has rounded the same weights, and gloo sends no float8.
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        adapted, [name for name, weight in adapted.named_parameters() if weight.dtype == torch.float8_e4m3fn]
+    )
     told = f"float8, {count} layers"
     if loss is None or before is None:
         return told

@@ -5,9 +5,12 @@ needed for it. Uses torch's generators.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import sub
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from retuner.errors import Refused
@@ -19,7 +22,7 @@ from retuner.skeleton import skeleton_of
 from retuner.targets import choose_targets
 from retuner.train_params import SftParams
 
-TRIES = 3
+FEWEST_TRIES, MOST_TRIES, ENOUGH_SECONDS = 5, 40, 3.0
 VOCABULARY = 64
 
 
@@ -49,13 +52,39 @@ def layer_cost(base: Path, params: str, device: str, row_tokens: int, rows: int)
         }
     )
     asked = asked.model_copy(update={"lora": lora})
-    one, two = (_measure(base, layers, asked, device, row_tokens, rows) for layers in (1, 2))
+    one, two = (_passes(base, layers, asked, device, row_tokens, rows) for layers in (1, 2))
     tokens = row_tokens * rows
+    forward, both = _differences(one, two, device)
+    return LayerCost((two.kept_bytes - one.kept_bytes) / tokens, forward / tokens, both / tokens)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Of one small model and one batch."""
+
+    kept_bytes: int
+    forward: Callable[[], Any]
+    both: Callable[[], Any]
+
+
+def _differences(one: _Passes, two: _Passes, device: str) -> tuple[float, float]:
+    """By how many seconds `two` takes longer, forward and in both passes: the median of many tries.
+
+    A machine that others use too is now faster, now slower. Both models are tried in turns, so that it is so for both;
+    and the median, not the least, because a training meets the slow times as well.
+    """
+    tries: list[list[float]] = []
+    began = time.perf_counter()
+    while len(tries) < FEWEST_TRIES or (
+        len(tries) < MOST_TRIES and time.perf_counter() - began < ENOUGH_SECONDS
+    ):
+        tries.append([_timed(work, device) for work in (one.forward, two.forward, one.both, two.both)])
+    one_forward, two_forward, one_both, two_both = zip(*tries, strict=True)
     # Noise can make two layers look cheaper than one; a layer costs at least a third of a model of one.
-    saved, forward, both = (
-        max(second - first, first / 3) / tokens for first, second in zip(one, two, strict=True)
+    return tuple(  # type: ignore[return-value]
+        max(median(map(sub, second, first)), median(first) / 3)
+        for first, second in ((one_forward, two_forward), (one_both, two_both))
     )
-    return LayerCost(saved, forward, both)
 
 
 def head_seconds(hidden: int, vocabulary: int, precision: str, device: str, tokens: int) -> float:
@@ -71,13 +100,10 @@ def head_seconds(hidden: int, vocabulary: int, precision: str, device: str, toke
         logits = torch.nn.functional.linear(states, head).float()
         torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
 
-    return min(_timed(once, device) for _ in range(TRIES)) / tokens
+    return median(_timed(once, device) for _ in range(FEWEST_TRIES)) / tokens
 
 
-def _measure(
-    base: Path, layers: int, params: SftParams, device: str, row_tokens: int, rows: int
-) -> tuple[float, float, float]:
-    """Bytes that are kept, forward seconds, and seconds of both passes, of a model of so many layers."""
+def _passes(base: Path, layers: int, params: SftParams, device: str, row_tokens: int, rows: int) -> _Passes:
     import torch
 
     model, by_row = _small_model(base, layers, params, device)
@@ -101,9 +127,7 @@ def _measure(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = forward()
     del hidden
-    forward_seconds = min(_timed(forward, device) for _ in range(TRIES))
-    seconds = min(_timed(both, device) for _ in range(TRIES))
-    return float(sum(kept.values())), forward_seconds, seconds
+    return _Passes(sum(kept.values()), forward, both)
 
 
 def _small_model(base: Path, layers: int, params: SftParams, device: str) -> tuple[Any, bool]:

@@ -34,7 +34,8 @@ QUANTIZED_BYTES = {True: 0.52, False: 0.57}
 FLOAT8_BYTES = 1.0
 LOGIT_BYTES = 16
 """Of one logit: itself in the base's precision, in float32, its logarithm of the softmax, its gradient."""
-PROBE_TOKENS = 512
+PROBE_TOKENS, MOST_PROBE_TOKENS = 512, 16_384
+"""A processor computes a few hundred tokens as fast as many; a GPU is given as many as a step will have."""
 GIB = 2**30
 SPEEDS = "speeds.json"
 """Below Runtime.home: what runs reached on this machine, tokens a second by `Plan.speed_key`."""
@@ -180,9 +181,8 @@ def _plan(counts: RowCounts, chats: Chats, base: Base, params: SftParams, device
     )
     fill = packs.fill if packs else counts.tokens / (counts.rows * counts.longest_tokens)
     share = counts.supervised_tokens / counts.tokens
-    layer = layer_cost(
-        base.path, params.model_dump_json(), device, row_tokens, max(1, PROBE_TOKENS // row_tokens)
-    )
+    probed = PROBE_TOKENS if device == "cpu" else min(batch_tokens, MOST_PROBE_TOKENS)
+    layer = layer_cost(base.path, params.model_dump_json(), device, row_tokens, max(1, probed // row_tokens))
     layers, vocabulary = config.num_hidden_layers, config.vocab_size
     width = WEIGHT_BYTES[params.precision]
     kept = batch_tokens * layer.saved_bytes

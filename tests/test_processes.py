@@ -117,6 +117,18 @@ def check_two_learn_what_one_does(alone, folder, strategy):
     assert (facts.effective["processes"], facts.effective["strategy"]) == ("2", strategy)
 
 
+@pytest.mark.slow
+def test_two_learn_beside_a_base_in_float8(tmp_path):
+    float8 = {"quantization": {"kind": "float8", "double": False}, "precision": "bfloat16", "max_steps": 3}
+    one, two = Heard(), Heard()
+    run(make_inputs(tmp_path / "one"), asked(**float8), one)
+    facts = together(make_inputs(tmp_path / "two"), asked(**float8), two)
+    assert facts.effective["quantization"].startswith("float8, 8 layers")
+    # Products in bfloat16 and float8 come out otherwise where a batch is cut otherwise.
+    for step, (loss, norm) in curve(one).items():
+        assert curve(two)[step] == pytest.approx((loss, norm), rel=0.02)
+
+
 def test_two_processes_learn_what_one_does(alone, tmp_path):
     check_two_learn_what_one_does(alone, tmp_path, "ddp")
 
