@@ -77,7 +77,27 @@ def test_a_base_with_projections_apart_computes_the_same(tmp_path):
     "command,told",
     [
         (("benchmarks.train_cpu", "--small"), ("goal 2 x", "goal 1.3 x", "MLflow: training waits")),
-        (("benchmarks.train_gpu", "--small", "--device", "cpu"), ("of peak", "unsloth", "loss apart by")),
+        (
+            ("benchmarks.train_gpu", "--small", "--device", "cpu"),
+            (
+                "of peak",
+                "LLaMA-Factory did not run: --llamafactory PYTHON gives an environment that has it",
+                "Unsloth did not run: --unsloth PYTHON gives an environment that has it",
+                "loss apart by",
+            ),
+        ),
+        (
+            (
+                *("benchmarks.train_gpu", "--small", "--device", "cpu"),
+                *("--llamafactory", sys.executable, "--unsloth", "no-such-python"),
+            ),
+            (
+                "LLaMA-Factory did not run: ModuleNotFoundError: No module named 'llamafactory'",
+                "Unsloth did not run: there is no program no-such-python",
+                "ours is",
+                "loss apart by",
+            ),
+        ),
     ],
 )
 def test_a_benchmark_reports_to_its_end(command, told):
