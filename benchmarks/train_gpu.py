@@ -2,12 +2,25 @@
 
     python -m benchmarks.train_gpu [--rounds 3] [--rows 600]
     python -m benchmarks.train_gpu --small --device cpu     # a tiny base: shows that it runs, measures nothing
+    python -m benchmarks.train_gpu --llamafactory ../llamafactory/bin/python --unsloth ../unsloth/bin/python
 
 Speed does not depend on the weights; that ours computes the same is shown on them: loss and gradients of one pack
 against eager attention in float32. Rows are random ids with the lengths of chats, log-normal. Sides:
 `benchmarks.training_sides`, one epoch each; tuned TRL is what its documentation advises on a GPU that is large enough
 (bfloat16 weights, packing, no checkpointed activations, flash attention and Liger's kernels where they are installed).
-Unsloth and LLaMA-Factory are named when they are installed; this benchmark does not drive them.
+
+LLaMA-Factory and Unsloth pin other versions than this project, so each is given as the interpreter of an environment:
+
+    python3.11 -m venv ../llamafactory && ../llamafactory/bin/pip install llamafactory liger-kernel
+    python3.11 -m venv ../unsloth && ../unsloth/bin/pip install unsloth
+
+and, for flash attention, `pip install --no-build-isolation flash-attn` there; beside a CPU build of torch, torchvision
+and torchaudio must be CPU builds too. A peer trains in a child process over the same token ids and labels, with the
+same LoRA, optimizer, learning rate and one epoch, and its own best settings (`benchmarks/peers`). Rows never see one
+another: LLaMA-Factory packs with neat_packing, Unsloth with TRL's packing, or pads where there is no GPU. Unsloth is
+given the base with q, k, v and gate, up apart, as its own upload of Phi-3-mini is, since its kernels are for those; so
+its adapter has an A for each of them, and more weights that learn. A peer that does not come to its end is reported
+with the last line it said.
 
 Reported: tokens without padding a second, the share of the matrix-product peak that is measured in the same run,
 the most GPU memory, and what `retuner plan` said before. Steps count without the first.
@@ -22,6 +35,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.training_peers import PeerFailed, peer, write_split_base
 from benchmarks.training_rows import Work, make_random_work
 from benchmarks.training_sides import (
     ALPHA,
@@ -37,9 +51,9 @@ from benchmarks.training_sides import (
 from retuner.planner import Plan, make_plan
 from retuner.tiny_phi3 import write_json, write_tiny_phi3
 
-GOALS = {"tutorial": 1.8, "TRL, tuned": 1.3}
+GOALS = {"tutorial": 1.8, "TRL, tuned": 1.3, "peer": 1.15}
 PEAK_GOAL, MEMORY_GOAL, PLAN_GOAL = 0.58, 0.55, 0.10
-PEERS = ("unsloth", "llamafactory")
+OPTIONS = {"LLaMA-Factory": "llamafactory", "Unsloth": "unsloth"}
 PHI3_MINI = {
     "hidden_size": 3072,
     "intermediate_size": 8192,
@@ -185,12 +199,14 @@ def _loss_and_gradient(work: Work, device: str, precision: str, attention: str) 
 
 def report(
     sides: dict[str, list[Trained]],
+    absent: dict[str, str],
     work: Work,
     plan: Plan,
     device: str,
     peak: float,
     apart: tuple[float, float],
 ) -> None:
+    """`absent`: of each peer that did not run, why."""
     import torch
 
     name = torch.cuda.get_device_name() if device == "cuda" else "processor (not what this benchmark is for)"
@@ -200,7 +216,9 @@ def report(
         f"LoRA r {RANK}, alpha {ALPHA}; medians of {rounds} interleaved rounds"
     )
     cost = flop_a_token(work)
-    print(f"{'':<20}{'tokens/s':>10}{'of peak':>10}{'memory':>12}{'last loss':>12}   grad norms")
+    print(
+        f"{'':<20}{'tokens/s':>10}{'of peak':>10}{'memory':>12}{'last loss':>12}{'held-out':>10}   grad norms"
+    )
     speeds = {
         side: statistics.median(each.tokens_per_second for each in made) for side, made in sides.items()
     }
@@ -208,14 +226,22 @@ def report(
         norms = " ".join(f"{norm:.2f}" for norm in made[-1].grad_norms[:6])
         print(
             f"{side:<20}{speeds[side]:>10,.0f}{100 * speeds[side] * cost / peak:>8.1f} %"
-            f"{made[-1].peak_bytes / 2**30:>8.1f} GiB{made[-1].losses[-1]:>12.4f}   {norms}"
+            f"{made[-1].peak_bytes / 2**30:>8.1f} GiB{made[-1].losses[-1]:>12.4f}"
+            f"{made[-1].held_out_loss:>10.4f}   {norms}"
         )
     print(f"goal: {100 * PEAK_GOAL:g} % of the peak")
     best = max(("tutorial: wrapped", "tutorial: bfd"), key=lambda side: speeds[side])
-    for goal, side in ((GOALS["tutorial"], best), (GOALS["TRL, tuned"], "TRL, tuned")):
-        print(f"ours is {speeds['ours'] / speeds[side]:.2f} x as fast as {side} (goal {goal:g} x)")
-    for peer in PEERS:
-        print(f"{peer}: {'installed, not driven here' if find_spec(peer) else 'not installed here'}")
+    peers = [side for side in OPTIONS if side in sides]
+    compared = [(GOALS["tutorial"], best), (GOALS["TRL, tuned"], "TRL, tuned")]
+    if peers:
+        compared.append((GOALS["peer"], max(peers, key=lambda side: speeds[side])))
+    for goal, side in compared:
+        which = f"the best peer, {side}" if side in peers else side
+        print(f"ours is {speeds['ours'] / speeds[side]:.2f} x as fast as {which} (goal {goal:g} x)")
+    for side in peers:
+        print(f"{side}: {sides[side][-1].how}")
+    for side, why in absent.items():
+        print(f"{side} did not run: {why}")
     if device == "cuda":
         padded, mine = (sides[side][-1].peak_bytes for side in ("TRL, defaults", "ours"))
         print(f"peak memory {mine / padded:.2f} x that of padded defaults (goal {MEMORY_GOAL:g} x)")
@@ -232,7 +258,10 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=600)
     options.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     options.add_argument("--small", action="store_true", help="a tiny base and few rows")
+    for name, option in OPTIONS.items():
+        options.add_argument(f"--{option}", metavar="PYTHON", help=f"of an environment that has {name}")
     chosen = options.parse_args()
+    pythons = {name: getattr(chosen, option) for name, option in OPTIONS.items()}
     device = chosen.device
     with tempfile.TemporaryDirectory() as temporary:
         folder, base = Path(temporary), Path(temporary) / "base"
@@ -250,15 +279,36 @@ def main() -> None:
             "TRL, tuned": lambda place: trl_tuned(plain, place, device, pack, batch),
             "ours": lambda place: ours(work, place, batch, device),
         }
+        absent = {
+            name: f"--{OPTIONS[name]} PYTHON gives an environment that has it"
+            for name, python in pythons.items()
+            if python is None
+        }
+        bases = {"LLaMA-Factory": base, "Unsloth": folder / "split"}
+        if pythons["Unsloth"]:
+            write_split_base(base, bases["Unsloth"], device)
+        for name, python in pythons.items():
+            if python:
+                made[name] = lambda place, name=name, python=python: peer(
+                    name, python, work, bases[name], place, device, pack, batch
+                )
         plan = make_plan(work.chats, work.base, ours_params(batch, device), device, folder / "speeds.json")
         peak, apart = matmul_peak(device, 256 if chosen.small else 8192), parity(work, device)
         sides: dict[str, list[Trained]] = {}
         for number in range(rounds):
             for name, train in made.items():
-                trained = train(folder / f"{name.replace(': ', '-')}-{number}")
+                if name in absent:
+                    continue
+                try:
+                    trained = train(folder / f"{name.replace(': ', '-')}-{number}")
+                except PeerFailed as failed:
+                    absent[name] = str(failed)
+                    sides.pop(name, None)
+                    print(f"  round {number + 1}, {name}: did not run: {failed}", flush=True)
+                    continue
                 sides.setdefault(name, []).append(trained)
                 print(f"  round {number + 1}, {name}: {trained.tokens_per_second:,.0f} tokens/s", flush=True)
-        report(sides, work, plan, device, peak, apart)
+        report(sides, absent, work, plan, device, peak, apart)
 
 
 if __name__ == "__main__":
