@@ -31,7 +31,6 @@ import json
 import statistics
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from benchmarks.training_sides import (
     RANK,
     Trained,
     has_bfloat16,
+    has_liger,
     ours,
     ours_params,
     trl,
@@ -102,7 +102,7 @@ def trl_tuned(work: Work, folder: Path, device: str, pack_tokens: int, batch_siz
         max_length=pack_tokens,
         per_device_train_batch_size=batch_size,
         gradient_checkpointing=False,
-        use_liger_kernel=device == "cuda" and find_spec("liger_kernel") is not None,
+        use_liger_kernel=has_liger(device),
     )
 
 
@@ -164,6 +164,7 @@ def _loss_and_gradient(work: Work, device: str, precision: str, attention: str) 
     import torch
 
     from retuner.base import load_model
+    from retuner.fused_kernels import fuse, has_fused_head
     from retuner.lora import put_adapter_on
     from retuner.packing import collator, lay_out, read_rows
     from retuner.row_attention import attend_by_row
@@ -174,8 +175,12 @@ def _loss_and_gradient(work: Work, device: str, precision: str, attention: str) 
     base = load_model(work.base.path, precision, attention, device, use_cache=False)
     if attention == "sdpa":
         attend_by_row(base)
-    lora = ours_params(1, device).lora.model_copy(update={"dropout": 0.0})
+    params = ours_params(1, device)
+    lora = params.lora.model_copy(update={"dropout": 0.0})
     model = put_adapter_on(base, lora, choose_targets(lora, read_skeleton(work.base.path)))
+    fused = has_liger(device) and attention == "sdpa"
+    if fused:
+        fuse(model)
     torch.manual_seed(0)
     for name, weight in sorted(model.named_parameters()):
         if "lora_" in name:
@@ -187,7 +192,7 @@ def _loss_and_gradient(work: Work, device: str, precision: str, attention: str) 
     batch.pop("tokens")
     batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-        loss = supervised_loss(base, batch, items=1000)
+        loss = supervised_loss(base, batch, items=1000, fused=fused and has_fused_head(model, params))
     loss.backward()
     learn = [
         weight.grad.float().flatten()

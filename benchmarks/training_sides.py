@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,19 @@ def has_bfloat16(device: str) -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
 
 
+def has_liger(device: str) -> bool:
+    return device == "cuda" and find_spec("liger_kernel") is not None
+
+
 def ours_params(batch_size: int, device: str) -> TrainParams:
-    """params/phi3_mini_lora.yaml with the recipe that all sides share."""
+    """params/phi3_mini_lora.yaml with the recipe that all sides share, and Liger's kernels as tuned TRL has them."""
     precision = "bfloat16" if has_bfloat16(device) else "float32"
+    kernels = "liger" if has_liger(device) else "torch"
     return load(
         PARAMS,
         (
             f"train.precision={precision}",
+            f"train.kernels={kernels}",
             f"train.batch_size={batch_size}",
             "train.gradient_accumulation=1",
             "train.gradient_checkpointing=false",
