@@ -178,6 +178,7 @@ def test_an_edited_helper_runs_the_stage_that_reaches_it(home, tmp_path, stage, 
     assert all(told[name] == "follows" for name in STAGES[place + 1 :])
 
 
+@pytest.mark.slow
 def test_an_accepted_code_change_serves_the_old_result_and_later_versions_tell_of_it(home, tmp_path):
     code = copy_code(tmp_path / "code")
     edit(code / "retuner" / "naming.py", "< limit_of(", "<= limit_of(")
@@ -209,6 +210,7 @@ def test_why_says_that_a_result_is_damaged(home):
     assert told["train"] == "damaged" and told["evaluate"] == "follows"
 
 
+@pytest.mark.slow
 def test_params_that_are_edited_while_a_run_goes_on_are_not_answered_by_it(home):
     asked = ("run", "params.yaml", "--set", "evaluate.max_new_tokens=6", "--json")
     running = subprocess.Popen(

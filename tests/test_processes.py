@@ -213,6 +213,7 @@ def test_sigterm_lets_all_ranks_finish_their_step(undisturbed, ends_by_sigterm, 
     assert again.steps[0] == step + 1
 
 
+@pytest.mark.slow
 def test_sigterm_to_all_processes_of_the_machine_costs_no_step(ends_by_sigterm, tmp_path):
     """As systemd and Slurm stop what they started. A rank hears of it from its launcher and its parent as well."""
 
