@@ -237,15 +237,12 @@ def killed(made, finished, tmp_path, api, seed: int) -> None:
     check_nothing_left(home, api)
 
 
-@pytest.mark.parametrize("seed", range(1))
-def test_a_killed_run_ends_in_the_same_bytes_and_leaves_nothing_open(
-    made, finished, tmp_path, prefect_api, seed
-):
-    killed(made, finished, tmp_path, prefect_api, seed)
+def test_a_killed_run_ends_in_the_same_bytes_and_leaves_nothing_open(made, finished, tmp_path, prefect_api):
+    killed(made, finished, tmp_path, prefect_api, seed=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 22))
+@pytest.mark.parametrize("seed", range(1, 21))
 def test_twenty_kills_end_in_the_same_bytes(made, finished, tmp_path, prefect_api, seed):
     killed(made, finished, tmp_path, prefect_api, seed)
 
