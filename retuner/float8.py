@@ -101,7 +101,7 @@ def _layer() -> type:
     def rounded(rows: Any) -> tuple[Any, Any]:
         """(R, K) as float8, and (R, 1) what each row is to be multiplied with."""
         scale = rows.abs().amax(-1, keepdim=True).float().clamp(min=TINY) / largest
-        return (rows.float() / scale).to(float8), scale
+        return (rows.float() / scale).to(float8).contiguous(), scale
 
     def product(one: Any, other: Any, scale: Any, other_scale: Any) -> Any:
         by_row = ScalingType.RowWise
