@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from benchmarks.training_rows import Work
 from retuner.determinism import quiet
 from retuner.evaluation import read_held_out, row_losses
+from retuner.fused_kernels import VERSION
 from retuner.observe import Observer, Silent, Tee
 from retuner.packing import read_rows
 from retuner.params_file import load
@@ -80,7 +82,9 @@ def has_bfloat16(device: str) -> bool:
 
 
 def has_liger(device: str) -> bool:
-    return device == "cuda" and find_spec("liger_kernel") is not None
+    """Whether the version is there that both sides can use."""
+    there = device == "cuda" and find_spec("liger_kernel") is not None
+    return there and version("liger-kernel") == VERSION
 
 
 def ours_params(batch_size: int, device: str) -> TrainParams:

@@ -65,17 +65,21 @@ def hold_in_float8(adapted: Any, loss: Callable[[], float] | None = None) -> str
     import torch
 
     before = loss() if loss else None
-    head, count = adapted.get_base_model().get_output_embeddings(), 0
-    for module in list(adapted.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is torch.nn.Linear and child is not head and not child.weight.requires_grad:
-                setattr(module, name, _layer()(child))
-                count += 1
+    head = set(adapted.get_base_model().get_output_embeddings().modules())
+    layers = [
+        (path, name)
+        for path, module in adapted.named_modules()
+        for name, child in module.named_children()
+        if type(child) is torch.nn.Linear and child not in head and not child.weight.requires_grad
+    ]
+    for path, name in layers:  # and by their names, so that each is let go of before the next is rounded
+        parent = adapted.get_submodule(path)
+        setattr(parent, name, _layer()(getattr(parent, name)))
     # Each process has rounded the same weights, and gloo sends no float8.
     torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        adapted, [name for name, weight in adapted.named_parameters() if weight.dtype == torch.float8_e4m3fn]
+        adapted, [".".join(filter(None, (*layer, kind))) for layer in layers for kind in ("weight", "scale")]
     )
-    told = f"float8, {count} layers"
+    told = f"float8, {len(layers)} layers"
     if loss is None or before is None:
         return told
     after = loss()
@@ -127,13 +131,13 @@ def _layer() -> type:
             super().__init__()
             weight, scale = rounded(linear.weight.detach())
             self.weight = torch.nn.Parameter(weight, requires_grad=False)
-            self.scale = torch.nn.Parameter(scale, requires_grad=False)
+            self.register_buffer("scale", scale, persistent=False)  # no parameter of the model's
             self.bias = linear.bias
             self.in_features, self.out_features = linear.in_features, linear.out_features
 
         def forward(self, inputs):
             made = Product.apply(inputs.flatten(0, -2), self.weight, self.scale)
             made = made.unflatten(0, inputs.shape[:-1])
-            return made if self.bias is None else made + self.bias
+            return made if self.bias is None else made + self.bias.to(made.dtype)
 
     return Float8Linear

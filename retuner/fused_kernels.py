@@ -21,6 +21,8 @@ from retuner.train_params import TrainParams
 
 VERSION = "0.8.5"
 """Of liger-kernel. Up to 0.8.4 its RoPE is silently wrong where a base turns only a part of each head."""
+OTHER_KERNELS = ("LIGER_KERNEL_IMPL", "LIGER_RMS_DW_REDUCTION")
+"""Variables of the environment by which Liger computes otherwise."""
 MODEL_TYPES = ("phi3",)
 
 
@@ -58,6 +60,12 @@ def refuse_what_cannot_be_fused(base: Path, params: TrainParams, device: str) ->
             "set train.kernels to torch",
         )
     require_liger(params)
+    if chosen := [name for name in OTHER_KERNELS if os.environ.get(name)]:
+        raise Refused(
+            f"{' and '.join(chosen)} would have other kernels of Liger compute, which a result does not tell of",
+            "Liger's own choice",
+            f"unset {' and '.join(chosen)}",
+        )
     config = json.loads((base / "config.json").read_bytes())
     kind, activation = config["model_type"], config.get("hidden_act", "silu")
     if kind not in MODEL_TYPES or activation != "silu":

@@ -4,6 +4,7 @@ A base repeats one layer, so a model of one layer and one of two tell what a lay
 needed for it. Uses torch's generators.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,10 +53,30 @@ def layer_cost(base: Path, params: str, device: str, row_tokens: int, rows: int)
         }
     )
     asked = asked.model_copy(update={"lora": lora})
-    one, two = (_passes(base, layers, asked, device, row_tokens, rows) for layers in (1, 2))
+    while (found := _cost(base, asked, device, row_tokens, rows)) is None:
+        rows //= 2
+    return found
+
+
+def _cost(base: Path, params: SftParams, device: str, row_tokens: int, rows: int) -> LayerCost | None:
+    """None where so many rows are more than a GPU holds: what trains in it may checkpoint what a probe does not."""
+    import torch
+
+    try:
+        one, two = (_passes(base, layers, params, device, row_tokens, rows) for layers in (1, 2))
+        kept = one.kept_bytes, two.kept_bytes
+        forward, both = _differences(one, two, device)
+    except torch.OutOfMemoryError:
+        if rows == 1:
+            raise
+        return None
+    finally:
+        if device != "cpu":
+            one = two = None  # type: ignore[assignment]
+            gc.collect()  # with other kernels a model and its methods point at each other
+            torch.cuda.empty_cache()
     tokens = row_tokens * rows
-    forward, both = _differences(one, two, device)
-    return LayerCost((two.kept_bytes - one.kept_bytes) / tokens, forward / tokens, both / tokens)
+    return LayerCost((kept[1] - kept[0]) / tokens, forward / tokens, both / tokens)
 
 
 @dataclass(frozen=True)
@@ -109,7 +130,7 @@ def _passes(base: Path, layers: int, params: SftParams, device: str, row_tokens:
     model, by_row = _small_model(base, layers, params, device)
     batch = _batch(row_tokens, rows, by_row, device)
     kept: dict[int, int] = {}
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    weights = {weight.untyped_storage().data_ptr() for weight in (*model.parameters(), *model.buffers())}
 
     def keep(tensor: Any) -> Any:
         storage = tensor.untyped_storage()

@@ -55,6 +55,8 @@ class Plan:
     trainable_parameters: int
     total_parameters: int
     weight_bytes: int
+    loading_bytes: int
+    """What weights take at the most before training begins; float8's are rounded where they were loaded."""
     adapter_bytes: int
     """With gradients and what the optimizer keeps."""
     activation_bytes: int
@@ -89,7 +91,8 @@ class Plan:
         return without > self.memory_bytes
 
     def _peak(self, activations: int) -> int:
-        return self.process_bytes + self.weight_bytes + self.adapter_bytes + activations + self.logit_bytes
+        training = self.weight_bytes + self.adapter_bytes + activations + self.logit_bytes
+        return self.process_bytes + max(self.loading_bytes, training)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -224,6 +227,7 @@ def _plan(counts: RowCounts, chats: Chats, base: Base, params: SftParams, device
         trainable_parameters=trainable,
         total_parameters=total + trainable,
         weight_bytes=round(weights),
+        loading_bytes=round(total * width) if uses_float8(params) else 0,
         adapter_bytes=trainable * (8 + OPTIMIZER_BYTES.get(params.optimizer, 8)),
         activation_bytes=round(activations[params.gradient_checkpointing]),
         other_activation_bytes=round(activations[not params.gradient_checkpointing]),

@@ -275,23 +275,24 @@ def lora_plus(trainer: Any, model: Any, params: TrainParams) -> Any:
 
 
 def mean_loss(model: Any, sequences: Any, packed: bool) -> float:
-    """Nats a supervised token of a few sequences, without dropout, as a step would compute them."""
+    """Nats a supervised token of a few sequences, one after another, without dropout."""
     import torch
 
     was_training = model.training
     model.eval()
-    base = model.get_base_model()
-    batch = collator(packed, model.config._attn_implementation)(list(sequences))
-    take_token_count(batch)
-    batch = {
-        name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()
-    }
-    items = (batch["labels"][:, 1:] != NO_LOSS).sum()
-    enabled = model.dtype == torch.bfloat16
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=enabled):
-        loss = supervised_loss(base, batch, items)
+    collate = collator(packed, model.config._attn_implementation)
+    enabled, nats, tokens = model.dtype == torch.bfloat16, 0.0, 0
+    for sequence in sequences:
+        batch = collate([sequence])
+        take_token_count(batch)
+        batch = {
+            name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()
+        }
+        tokens += int((batch["labels"][:, 1:] != NO_LOSS).sum())
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=enabled):
+            nats += float(supervised_loss(model.get_base_model(), batch, items=1))
     model.train(was_training)
-    return float(loss)
+    return nats / max(tokens, 1)
 
 
 def supervised_loss(

@@ -224,6 +224,8 @@ def _learn(
         first = sequences.select(range(min(COMPARED_SEQUENCES, len(sequences))))
         float8 = hold_in_float8(model, lambda: mean_loss(model, first, packed))
         observer.say(f"train: {float8}")
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what is recorded is training's, not loading's
     fused = fuse(model) if uses_liger(params) else {}
     if isinstance(params, SftParams) and has_fused_head(model, params):
         fused["head with loss"] = 1

@@ -1,6 +1,9 @@
 """A base in float8: its products and gradients are those of its rounded weights, and an adapter learns beside it what
 it would learn beside bfloat16."""
 
+import weakref
+from itertools import pairwise
+
 import pytest
 from pydantic import ValidationError
 from training_job import Heard, base_of, chats_of, make_inputs, params, run
@@ -24,13 +27,13 @@ def learned(inputs):
     return run(inputs, asked(), out="float8", work="float8-work")
 
 
-def adapted(folder):
+def adapted(folder, **lora):
     from retuner.base import load_model
     from retuner.lora import put_adapter_on
     from retuner.skeleton import read_skeleton
     from retuner.targets import choose_targets
 
-    lora = params().lora
+    lora = params(lora).lora
     base = load_model(folder / "base", "bfloat16", "sdpa", "cpu")
     return put_adapter_on(base, lora, choose_targets(lora, read_skeleton(folder / "base")))
 
@@ -119,8 +122,56 @@ def test_killed_or_not_it_ends_in_the_same_bytes(inputs, learned):
 
 @pytest.mark.parametrize("changed", [{"gradient_checkpointing": True}, {"label_smoothing": 0.1}], ids=str)
 def test_it_goes_with_other_settings(inputs, tmp_path, changed):
-    facts = run(inputs, asked(**changed, max_steps=2), out=tmp_path / "out", work=tmp_path / "work")
-    assert facts.final_loss > 0
+    losses = [
+        run(
+            inputs,
+            asked(**changed, quantization=kind),
+            out=tmp_path / f"out-{kind}",
+            work=tmp_path / f"work-{kind}",
+        ).final_loss
+        for kind in (FLOAT8, None)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_each_layer_is_let_go_of_before_the_next_is_rounded(inputs, monkeypatch):
+    import torch
+
+    from retuner import float8
+
+    model, left = adapted(inputs), []
+    frozen = [weakref.ref(each) for each in model.modules() if type(each) is torch.nn.Linear]
+    layer = float8._layer()
+
+    def counting(linear):
+        left.append(sum(each() is not None for each in frozen))
+        return layer(linear)
+
+    monkeypatch.setattr(float8, "_layer", lambda: counting)
+    float8.hold_in_float8(model)
+    assert [before - after for before, after in pairwise(left)] == [1] * (len(left) - 1)
+
+
+def test_a_head_that_learns_in_full_stays_as_it_is(inputs):
+    from retuner.float8 import hold_in_float8
+
+    model = adapted(inputs, modules_to_save=("lm_head",))
+    total = model.get_nb_trainable_parameters()
+    assert hold_in_float8(model) == "float8, 8 layers"
+    assert model.get_nb_trainable_parameters() == total
+
+
+def test_a_bias_that_learns_leaves_the_type_of_what_comes_out():
+    import torch
+
+    from retuner.float8 import _layer
+
+    linear = torch.nn.Linear(32, 16, dtype=torch.bfloat16).requires_grad_(False)
+    linear.bias.data = linear.bias.data.float()
+    assert (
+        _layer()(linear.requires_grad_(False))(torch.ones(1, 32, dtype=torch.bfloat16)).dtype
+        == torch.bfloat16
+    )
 
 
 def test_a_base_that_float8_changes_too_much_is_refused_before_training(inputs, tmp_path, monkeypatch):
@@ -162,3 +213,5 @@ def test_its_plan_counts_a_byte_a_weight(inputs):
         for kind in (None, FLOAT8)
     )
     assert held.weight_bytes < 0.8 * whole.weight_bytes
+    # They are loaded as bfloat16, and rounded then.
+    assert held.loading_bytes == whole.weight_bytes
