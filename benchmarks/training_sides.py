@@ -111,10 +111,12 @@ def ours_params(batch_size: int, device: str) -> TrainParams:
     ).train
 
 
-def ours(work: Work, folder: Path, batch_size: int, device: str, observer: Observer | None = None) -> Trained:
+def ours(
+    work: Work, folder: Path, batch_size: int, device: str, observer: Observer | None = None, seed: int = 0
+) -> Trained:
     """`retuner.training`; packs as `work` plans them."""
     folder.mkdir(parents=True)
-    params, clock = ours_params(batch_size, device), Clock()
+    params, clock = ours_params(batch_size, device).model_copy(update={"seed": seed}), Clock()
     listener = Tee(clock, observer or Silent())
     with (
         _peak(device) as peak,
@@ -132,14 +134,20 @@ def ours(work: Work, folder: Path, batch_size: int, device: str, observer: Obser
         )
 
 
-def trl_defaults(work: Work, folder: Path, device: str) -> Trained:
+def trl_defaults(work: Work, folder: Path, device: str, seed: int = 0) -> Trained:
     """SFTTrainer as it comes: rows padded, 8 to a step, checkpointed activations, weights in float32 and products in
     bfloat16 where the processor has it."""
-    return trl(work, folder, device, model_init_kwargs=None)
+    return trl(work, folder, device, model_init_kwargs=None, seed=seed)
 
 
 def tutorial(
-    work: Work, folder: Path, device: str, pack_tokens: int, strategy: str, batch_size: int = 4
+    work: Work,
+    folder: Path,
+    device: str,
+    pack_tokens: int,
+    strategy: str,
+    batch_size: int = 4,
+    seed: int = 0,
 ) -> Trained:
     """The settings of Microsoft's sample_finetune.py in today's names: weights in bfloat16, packing, 4 sequences a
     step, checkpointed activations (not re-entrant). Its flash attention is sdpa where flash-attn is not installed.
@@ -165,6 +173,7 @@ def tutorial(
         per_device_train_batch_size=batch_size,
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
+        seed=seed,
     )
 
 

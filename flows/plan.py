@@ -19,16 +19,11 @@ def plan_training(
 ) -> tuple[Plan, Refused | None]:
     """The plan, and why it cannot be carried out. Errors: whatever the stages raise."""
     run = open_context(load(params, overrides), runtime, observer)
-    if run.params.train.recipe != "sft":
-        raise Refused(
-            f"train.recipe is {run.params.train.recipe}",
-            "a plan is made for sft",
-            "run it: it says its speed",
-        )
     base, _ = carry_out(run, fetch_base(run, run.params.base))
     splits, _ = carry_out(run, prepare(run, run.dataset, run.params.prepare))
     chats, _ = carry_out(run, template(run, splits, base, run.params.template))
-    plan = make_plan(chats, base, run.params.train, runtime.device, runtime.home / SPEEDS)
+    several = (runtime.processes, runtime.strategy)
+    plan = make_plan(chats, base, run.params.train, runtime.device, runtime.home / SPEEDS, *several)
     try:
         plan.refuse_what_cannot_fit()
     except Refused as refusal:

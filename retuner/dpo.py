@@ -59,6 +59,11 @@ def count_pairs(chats: Path) -> RowCounts:
     return RowCounts(len(prompts), int(2 * prompts.sum()) + supervised, supervised, longest)
 
 
+def longer_conversations(chats: Path) -> Any:
+    """Tokens of the longer conversation of each pair (pairs,)."""
+    return _longer(*_lengths(_read(chats / "train.arrow")))
+
+
 def lay_out_pairs(chats: Path, copy: Path) -> tuple[Any, int]:
     """The pairs, and how many tokens their two conversations may have together."""
     # What datasets derives from a file it writes beside it, and the chats belong to the store.

@@ -8,7 +8,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import sub
 from pathlib import Path
 from statistics import median
@@ -21,10 +21,12 @@ from retuner.lora import put_adapter_on
 from retuner.row_attention import attend_by_row
 from retuner.skeleton import skeleton_of
 from retuner.targets import choose_targets
-from retuner.train_params import SftParams
+from retuner.train_params import TrainParams
 
 FEWEST_TRIES, MOST_TRIES, ENOUGH_SECONDS = 5, 40, 3.0
 VOCABULARY = 64
+CACHE_BYTES = 256 * 2**20
+"""More than the last cache of most processors and of any GPU."""
 
 
 @dataclass(frozen=True)
@@ -38,32 +40,45 @@ class LayerCost:
     """Forward and backward."""
 
 
-@lru_cache(maxsize=8)
-def layer_cost(base: Path, params: str, device: str, row_tokens: int, rows: int) -> LayerCost:
-    """`params` is an SftParams as JSON; of its adapter's layers and patterns nothing counts here. Rows lie end to
-    end."""
-    asked = SftParams.model_validate_json(params)
-    lora = asked.lora.model_copy(
-        update={
-            "layers": "all",
-            "rank_pattern": {},
-            "alpha_pattern": {},
-            "modules_to_save": (),
-            "init": "default",
+def layer_cost(
+    base: Path, params: TrainParams, device: str, row_tokens: int, rows: int, end_to_end: bool
+) -> LayerCost:
+    """Of a batch of so many rows, of which one is padded where they do not lie end to end. Of the adapter's layers and
+    patterns nothing counts here."""
+    plain = {
+        "layers": "all",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": (),
+        "init": "default",
+    }
+    asked = TrainParams(
+        **{
+            **{name: getattr(params, name) for name in TrainParams.model_fields},
+            "lora": params.lora.model_copy(update=plain),
         }
     )
-    asked = asked.model_copy(update={"lora": lora})
-    while (found := _cost(base, asked, device, row_tokens, rows)) is None:
+    return _measured(base, asked.model_dump_json(), device, row_tokens, rows, end_to_end)
+
+
+@lru_cache(maxsize=8)
+def _measured(
+    base: Path, params: str, device: str, row_tokens: int, rows: int, end_to_end: bool
+) -> LayerCost:
+    asked = TrainParams.model_validate_json(params)
+    while (found := _cost(base, asked, device, row_tokens, rows, end_to_end)) is None:
         rows //= 2
     return found
 
 
-def _cost(base: Path, params: SftParams, device: str, row_tokens: int, rows: int) -> LayerCost | None:
+def _cost(
+    base: Path, params: TrainParams, device: str, row_tokens: int, rows: int, end_to_end: bool
+) -> LayerCost | None:
     """None where so many rows are more than a GPU holds: what trains in it may checkpoint what a probe does not."""
     import torch
 
     try:
-        one, two = (_passes(base, layers, params, device, row_tokens, rows) for layers in (1, 2))
+        one, two = (_passes(base, layers, params, device, row_tokens, rows, end_to_end) for layers in (1, 2))
         kept = one.kept_bytes, two.kept_bytes
         forward, both = _differences(one, two, device)
     except torch.OutOfMemoryError:
@@ -85,22 +100,37 @@ class _Passes:
 
     kept_bytes: int
     forward: Callable[[], Any]
-    both: Callable[[], Any]
+    """Returns what `backward` takes."""
+    backward: Callable[[Any], None]
 
 
 def _differences(one: _Passes, two: _Passes, device: str) -> tuple[float, float]:
     """By how many seconds `two` takes longer, forward and in both passes: the median of many tries.
 
     A machine that others use too is now faster, now slower. Both models are tried in turns, so that it is so for both;
-    and the median, not the least, because a training meets the slow times as well.
+    and the median, not the least, because a training meets the slow times as well. Where a layer's pass begins, the
+    others of a whole model have been there since its last one, and its weights are in no cache: so it is here.
     """
-    tries: list[list[float]] = []
+    import torch
+
+    elsewhere = torch.zeros(CACHE_BYTES, dtype=torch.uint8, device=device)
+
+    def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+        elsewhere.add_(1)
+        return _timed(work, device)
+
+    tries: list[tuple[float, ...]] = []
     began = time.perf_counter()
     while len(tries) < FEWEST_TRIES or (
         len(tries) < MOST_TRIES and time.perf_counter() - began < ENOUGH_SECONDS
     ):
-        tries.append([_timed(work, device) for work in (one.forward, two.forward, one.both, two.both)])
-    one_forward, two_forward, one_both, two_both = zip(*tries, strict=True)
+        seconds: list[float] = []
+        for each in (one, two):
+            forward, hidden = timed(each.forward)
+            backward, _ = timed(partial(each.backward, hidden))
+            seconds += (forward, forward + backward)
+        tries.append(tuple(seconds))
+    one_forward, one_both, two_forward, two_both = zip(*tries, strict=True)
     # Noise can make two layers look cheaper than one; a layer costs at least a third of a model of one.
     return tuple(  # type: ignore[return-value]
         max(median(map(sub, second, first)), median(first) / 3)
@@ -121,14 +151,23 @@ def head_seconds(hidden: int, vocabulary: int, precision: str, device: str, toke
         logits = torch.nn.functional.linear(states, head).float()
         torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
 
-    return median(_timed(once, device) for _ in range(FEWEST_TRIES)) / tokens
+    return median(_timed(once, device)[0] for _ in range(FEWEST_TRIES)) / tokens
 
 
-def _passes(base: Path, layers: int, params: SftParams, device: str, row_tokens: int, rows: int) -> _Passes:
+def _passes(
+    base: Path,
+    layers: int,
+    params: TrainParams,
+    device: str,
+    row_tokens: int,
+    rows: int,
+    end_to_end: bool,
+) -> _Passes:
     import torch
 
-    model, by_row = _small_model(base, layers, params, device)
-    batch = _batch(row_tokens, rows, by_row, device)
+    model = _small_model(base, layers, params, device)
+    by_row = end_to_end and params.attention == "sdpa" and attend_by_row(model.get_base_model())
+    batch = _batch(row_tokens, rows, by_row, device) if end_to_end else _padded(row_tokens, rows, device)
     kept: dict[int, int] = {}
     weights = {weight.untyped_storage().data_ptr() for weight in (*model.parameters(), *model.buffers())}
 
@@ -142,16 +181,16 @@ def _passes(base: Path, layers: int, params: SftParams, device: str, row_tokens:
         with torch.autocast(device, torch.bfloat16, enabled=params.precision == "bfloat16"):
             return model.get_base_model().base_model(**batch, use_cache=False).last_hidden_state
 
-    def both() -> None:
-        forward().float().sum().backward()
+    def backward(hidden: Any) -> None:
+        hidden.float().sum().backward()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = forward()
     del hidden
-    return _Passes(sum(kept.values()), forward, both)
+    return _Passes(sum(kept.values()), forward, backward)
 
 
-def _small_model(base: Path, layers: int, params: SftParams, device: str) -> tuple[Any, bool]:
+def _small_model(base: Path, layers: int, params: TrainParams, device: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -167,7 +206,6 @@ def _small_model(base: Path, layers: int, params: SftParams, device: str) -> tup
         attn_implementation=params.attention,
         trust_remote_code=False,
     ).to(device)
-    by_row = params.attention == "sdpa" and attend_by_row(small)
     lora = params.lora
     try:
         targets = choose_targets(lora, skeleton_of(small))
@@ -179,7 +217,7 @@ def _small_model(base: Path, layers: int, params: SftParams, device: str) -> tup
         hold_in_float8(model)
     if uses_liger(params):
         fuse(model)
-    return model, by_row
+    return model
 
 
 def _batch(row_tokens: int, rows: int, by_row: bool, device: str) -> dict[str, Any]:
@@ -196,11 +234,24 @@ def _batch(row_tokens: int, rows: int, by_row: bool, device: str) -> dict[str, A
     }
 
 
-def _timed(work: Any, device: str) -> float:
+def _padded(row_tokens: int, rows: int, device: str) -> dict[str, Any]:
+    """The last row lacks its last token; without any padding there would be no mask."""
     import torch
 
+    input_ids = torch.ones(rows, row_tokens, dtype=torch.int64, device=device)
+    mask = torch.ones_like(input_ids)
+    if row_tokens > 1:
+        mask[-1, -1] = 0
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def _timed(work: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds, and what it returned."""
+    import torch
+
+    finish = torch.cuda.synchronize if device == "cuda" else torch.cpu.synchronize
+    finish()
     began = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    made = work()
+    finish()
+    return time.perf_counter() - began, made

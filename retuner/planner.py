@@ -1,11 +1,11 @@
 """What a training will take, said before its weights are loaded: memory, speed, time; and what it came to.
 
-The params decide how large a batch is, because that decides the result. A plan only says what they lead to, and
-refuses what the machine cannot hold. What depends on the machine stands beside results, never in them.
+The params decide how large a batch is, because that decides the result: a plan says what they lead to, refuses what the
+machine cannot hold, and names the batches that it can. Whether activations are checkpointed changes no byte of the
+result: where params say `auto` the plan decides it. What depends on the machine stands beside results, never in them.
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from retuner.fingerprint import fingerprint
 from retuner.float8 import uses_float8
 from retuner.layer_probe import head_seconds, layer_cost
 from retuner.lora import count_trainable, put_adapter_on
-from retuner.packing import RowCounts, count_rows, read_rows
+from retuner.ranks import share
 from retuner.row_trainer import makes_logits
 from retuner.skeleton import empty_model, skeleton_of
+from retuner.step_load import StepLoad, step_load
 from retuner.targets import choose_targets
-from retuner.train_params import SftParams
+from retuner.train_params import DpoParams, SftParams
 from retuner.training import planned_steps
 
 OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 1, "paged_adamw_8bit": 2}
@@ -36,6 +37,8 @@ LOGIT_BYTES = 16
 """Of one logit: itself in the base's precision, in float32, its logarithm of the softmax, its gradient."""
 PROBE_TOKENS, MOST_PROBE_TOKENS = 512, 16_384
 """A processor computes a few hundred tokens as fast as many; a GPU is given as many as a step will have."""
+SAFE = 0.9
+"""Of what there is, as much as activations may fill before they are checkpointed: plans are right to within a tenth."""
 GIB = 2**30
 SPEEDS = "speeds.json"
 """Below Runtime.home: what runs reached on this machine, tokens a second by `Plan.speed_key`."""
@@ -52,6 +55,12 @@ class Plan:
     """Rows that lost their end."""
     packing_fill: float
     steps: int
+    processes: int
+    """What takes memory is that of each."""
+    batch_size: int
+    """Sequences that a process takes at a time."""
+    step_sequences: int
+    """Sequences of a step, of all processes and batches."""
     trainable_parameters: int
     total_parameters: int
     weight_bytes: int
@@ -60,7 +69,7 @@ class Plan:
     adapter_bytes: int
     """With gradients and what the optimizer keeps."""
     activation_bytes: int
-    """As params say, with or without checkpoints."""
+    """With checkpoints or without, as `gradient_checkpointing` is."""
     other_activation_bytes: int
     """The other way."""
     logit_bytes: int
@@ -69,10 +78,16 @@ class Plan:
     memory_bytes: int
     """What there is."""
     gradient_checkpointing: bool
+    """As the params say, or as was decided for `auto`."""
+    decided: bool
     tokens_per_second: float
+    """Of all processes."""
     speed_from: str
     """`an earlier run` or `a probe`."""
     seconds: float
+    """Of the steps."""
+    reference_seconds: float
+    """Before the first step, for the reference of preference pairs."""
     speed_key: str
 
     @property
@@ -90,8 +105,24 @@ class Plan:
         without = self.other_peak_bytes if self.gradient_checkpointing else self.peak_bytes
         return without > self.memory_bytes
 
-    def _peak(self, activations: int) -> int:
-        training = self.weight_bytes + self.adapter_bytes + activations + self.logit_bytes
+    @property
+    def largest_batch_size(self) -> int | None:
+        """Sequences at a time that fit and divide a step; None where not even one fits."""
+        mine = self.step_sequences // self.processes
+        fit = (
+            size
+            for size in range(mine, 0, -1)
+            if mine % size == 0 and self.peak_with(size) <= self.memory_bytes
+        )
+        return next(fit, None)
+
+    def peak_with(self, batch_size: int) -> int:
+        """With so many sequences at a time."""
+        return self._peak(self.activation_bytes, batch_size / self.batch_size)
+
+    def _peak(self, activations: int, batches: float = 1.0) -> int:
+        batch = round((activations + self.logit_bytes) * batches)
+        training = self.weight_bytes + self.adapter_bytes + batch
         return self.process_bytes + max(self.loading_bytes, training)
 
     def as_json(self) -> dict[str, Any]:
@@ -100,42 +131,66 @@ class Plan:
             "peak_bytes": self.peak_bytes,
             "other_peak_bytes": self.other_peak_bytes,
             "must_checkpoint": self.must_checkpoint,
+            "largest_batch_size": self.largest_batch_size,
         }
 
     def lines(self) -> list[str]:
         left = ", ".join(f"{count:,} {cause}" for cause, count in self.left_out.items()) or "none"
-        advice = "activations need not be checkpointed to fit"
-        if self.must_checkpoint:
-            advice = "activations must be checkpointed to fit"
-        elif self.gradient_checkpointing:
-            advice += f": without, {self.other_peak_bytes / GIB:.1f} GiB, and faster"
+        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        before = (
+            f", after {_duration(self.reference_seconds)} for the reference" if self.reference_seconds else ""
+        )
         return [
             f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters learn",
             f"{self.rows:,} rows of {self.tokens:,} tokens, {self.rows_cut:,} cut short, left out: {left}; "
             f"sequences are {100 * self.packing_fill:.1f} % full",
-            f"{self.peak_bytes / GIB:.1f} of {self.memory_bytes / GIB:.1f} GiB at the most: weights "
+            f"{self.peak_bytes / GIB:.1f} of {self.memory_bytes / GIB:.1f} GiB at the most{each}: weights "
             f"{self.weight_bytes / GIB:.1f}, adapter {self.adapter_bytes / GIB:.2f}, activations "
-            f"{self.activation_bytes / GIB:.1f}, logits {self.logit_bytes / GIB:.1f}; {advice}",
+            f"{self.activation_bytes / GIB:.1f}, logits {self.logit_bytes / GIB:.1f}",
+            self._advice(),
             f"{self.steps:,} steps at {self.tokens_per_second:,.0f} tokens/s, by {self.speed_from}: "
-            f"{_duration(self.seconds)} on {self.machine}",
+            f"{_duration(self.seconds)} on {self.machine}{before}",
         ]
 
+    def _advice(self) -> str:
+        """On checkpoints and the size of a batch."""
+        kind = "checkpointed" if self.gradient_checkpointing else "kept"
+        advice = f"activations are {kind}"
+        if self.must_checkpoint and self.gradient_checkpointing:
+            advice += f", as {self.other_peak_bytes / GIB:.1f} GiB would be needed otherwise"
+        elif self.must_checkpoint:
+            advice += ", and would fit only checkpointed"
+        elif self.gradient_checkpointing and self.decided:
+            advice += f": {self.other_peak_bytes / GIB:.1f} GiB otherwise would leave too little room"
+        elif self.gradient_checkpointing:
+            advice += f", and need not be to fit: {self.other_peak_bytes / GIB:.1f} GiB without, and faster"
+        sizes = f"; {self.batch_size} of a step's {self.step_sequences} sequences at a time"
+        largest = self.largest_batch_size
+        return advice + sizes + (f", {largest} would fit" if largest and largest > self.batch_size else "")
+
     def summary(self) -> str:
+        checkpointed = ", activations checkpointed" if self.decided and self.gradient_checkpointing else ""
         return (
             f"{_duration(self.seconds)} for {self.steps:,} steps at {self.tokens_per_second:,.0f} tokens/s, by "
-            f"{self.speed_from}, and {self.peak_bytes / GIB:.1f} of {self.memory_bytes / GIB:.1f} GiB"
+            f"{self.speed_from}, and {self.peak_bytes / GIB:.1f} of {self.memory_bytes / GIB:.1f} GiB{checkpointed}"
         )
 
     def refuse_what_cannot_fit(self) -> None:
         """Errors: Refused."""
         if self.peak_bytes <= self.memory_bytes:
             return
+        size = self.largest_batch_size
         if not self.gradient_checkpointing and self.other_peak_bytes <= self.memory_bytes:
-            do = "set train.gradient_checkpointing: true"
+            do = "set train.gradient_checkpointing: auto"
+        elif size:
+            do = (
+                f"set train.batch_size: {size} and train.gradient_accumulation: {self.step_sequences // size}: "
+                f"the same step in {self.peak_with(size) / GIB:.1f} GiB"
+            )
         else:
             do = (
-                "halve train.batch_size and double train.gradient_accumulation: the same step in less memory; or set "
-                "train.gradient_checkpointing: true, train.precision: bfloat16, or train.quantization"
+                "set train.gradient_checkpointing: auto, train.precision: bfloat16, or train.quantization, or let "
+                "sequences be shorter, with template.max_tokens and pack_tokens"
             )
         raise Refused(
             f"this training would need {self.peak_bytes / GIB:.1f} GiB",
@@ -144,27 +199,46 @@ class Plan:
         )
 
 
-def make_plan(chats: Chats, base: Base, params: SftParams, device: str, speeds: Path) -> Plan:
+def make_plan(
+    chats: Chats,
+    base: Base,
+    params: SftParams | DpoParams,
+    device: str,
+    speeds: Path,
+    processes: int = 1,
+    strategy: str = "ddp",
+) -> Plan:
     """`speeds` is a file of what earlier runs reached on this machine.
 
     Errors: Refused or Unavailable for what cannot be trained at all; not for what cannot fit.
     """
-    with quiet():
-        return _make_plan(chats, base, params, device, speeds)
-
-
-def _make_plan(chats: Chats, base: Base, params: SftParams, device: str, speeds: Path) -> Plan:
     import torch
 
-    counts = count_rows(read_rows(chats.path / "train.arrow"))
+    if isinstance(params, DpoParams) and processes > 1:
+        raise Refused(
+            f"train.recipe is dpo, and {processes} processes were asked for",
+            "one process: preference pairs are not shared out",
+            "unset RETUNER_PROCESSES, or leave out --processes",
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    refuse_what_cannot_work(counts, params, device, base.path)
-    with torch.random.fork_rng(devices=[0] if device == "cuda" else []):
-        return _plan(counts, chats, base, params, device, speeds)
+    with quiet():
+        load = step_load(chats, params, share(params, processes)[0])
+        refuse_what_cannot_work(load.counts, params, device, base.path)
+        with torch.random.fork_rng(devices=[0] if device == "cuda" else []):
+            return _plan(load, chats, base, params, device, speeds, processes, strategy)
 
 
-def _plan(counts: RowCounts, chats: Chats, base: Base, params: SftParams, device: str, speeds: Path) -> Plan:
+def _plan(
+    load: StepLoad,
+    chats: Chats,
+    base: Base,
+    params: SftParams | DpoParams,
+    device: str,
+    speeds: Path,
+    processes: int,
+    strategy: str,
+) -> Plan:
     model = empty_model(base.path)
     total, config = sum(weight.numel() for weight in model.parameters()), model.config
     skeleton = skeleton_of(model)
@@ -173,73 +247,96 @@ def _plan(counts: RowCounts, chats: Chats, base: Base, params: SftParams, device
     lora = params.lora.model_copy(update={"init": "default"})  # the others look at the weights
     model = put_adapter_on(model, lora, targets)
     trainable = sum(count_trainable(model, targets).values())
-    logits = makes_logits(model, params, device)
+    logits = isinstance(params, SftParams) and makes_logits(model, params, device)
 
-    packs = chats.facts.packs
-    sequences = packs.count if packs else counts.rows
-    row_tokens = max(1, round(counts.tokens / counts.rows))
-    # A step holds at the most so many sequences, of so many tokens each.
-    batch_tokens = params.batch_size * (
-        round(counts.tokens / sequences / packs.fill) if packs else counts.longest_tokens
-    )
-    fill = packs.fill if packs else counts.tokens / (counts.rows * counts.longest_tokens)
-    share = counts.supervised_tokens / counts.tokens
-    probed = PROBE_TOKENS if device == "cpu" else min(batch_tokens, MOST_PROBE_TOKENS)
-    layer = layer_cost(base.path, params.model_dump_json(), device, row_tokens, max(1, probed // row_tokens))
+    counts, (at_once, accumulation) = load.counts, share(params, processes)
+    rows = counts.rows * (2 if isinstance(params, DpoParams) else 1)
+    row_tokens = max(1, round(counts.tokens / rows))
+    supervised = counts.supervised_tokens / counts.tokens
+    probed = PROBE_TOKENS if device == "cpu" else min(load.batch_tokens, MOST_PROBE_TOKENS)
+    layer = layer_cost(base.path, params, device, row_tokens, max(1, probed // row_tokens), load.end_to_end)
     layers, vocabulary = config.num_hidden_layers, config.vocab_size
     width = WEIGHT_BYTES[params.precision]
-    kept = batch_tokens * layer.saved_bytes
-    activations = {False: kept * layers, True: kept + batch_tokens * layers * config.hidden_size * width}
+    kept = load.batch_tokens * layer.saved_bytes
+    activations = {
+        False: round(kept * layers),
+        True: round(kept + load.batch_tokens * layers * config.hidden_size * width),
+    }
     weights = total * width
     if params.quantization:
         weights = (total - linear) * width + linear * (
             FLOAT8_BYTES if uses_float8(params) else QUANTIZED_BYTES[params.quantization.double]
         )
-
+    parts = processes if strategy == "fsdp" else 1
+    if parts > 1:
+        weights = weights / parts + total * width / layers  # and one layer whole, while it computes
+    head = head_seconds(config.hidden_size, vocabulary, params.precision, device, min(row_tokens, 128))
     machine = machine_name(device)
-    key = fingerprint(
-        {
-            "machine": machine,
-            "base": base.facts.weights_sha256,
-            "layers": layers,
-            "params": params.model_dump(
-                mode="json", exclude={"seed", "max_steps", "epochs", "learning_rate"}
-            ),
-            "row_tokens": row_tokens,
-            "batch_tokens": batch_tokens,
-        }
-    )
-    speed, told = _read_speeds(speeds).get(key), "an earlier run"
-    if speed is None:
-        again = layer.forward_seconds if params.gradient_checkpointing else 0.0
-        head = head_seconds(config.hidden_size, vocabulary, params.precision, device, min(row_tokens, 128))
-        speed, told = 1 / (layers * (layer.seconds + again) + share * head), "a probe"
-    steps = planned_steps(sequences, params)
-    tokens_a_step = counts.tokens / sequences * params.batch_size * params.gradient_accumulation
-    return Plan(
-        machine=machine,
-        rows=counts.rows,
-        tokens=counts.tokens,
-        left_out=dict(chats.facts.left_out),
-        rows_cut=_rows_cut(chats),
-        packing_fill=fill,
-        steps=steps,
-        trainable_parameters=trainable,
-        total_parameters=total + trainable,
-        weight_bytes=round(weights),
-        loading_bytes=round(total * width) if uses_float8(params) else 0,
-        adapter_bytes=trainable * (8 + OPTIMIZER_BYTES.get(params.optimizer, 8)),
-        activation_bytes=round(activations[params.gradient_checkpointing]),
-        other_activation_bytes=round(activations[not params.gradient_checkpointing]),
-        logit_bytes=round(batch_tokens * share * vocabulary * LOGIT_BYTES) if logits else 0,
-        process_bytes=_held(device),
-        memory_bytes=_memory(device),
-        gradient_checkpointing=params.gradient_checkpointing,
-        tokens_per_second=speed,
-        speed_from=told,
-        seconds=steps * tokens_a_step / speed,
-        speed_key=key,
-    )
+
+    def planned(checkpointing: bool) -> Plan:
+        key = fingerprint(
+            {
+                "machine": machine,
+                "base": base.facts.weights_sha256,
+                "layers": layers,
+                "params": {
+                    **params.model_dump(
+                        mode="json", exclude={"seed", "max_steps", "epochs", "learning_rate"}
+                    ),
+                    "gradient_checkpointing": checkpointing,
+                },
+                "row_tokens": row_tokens,
+                "batch_tokens": load.batch_tokens,
+                "processes": [processes, strategy],
+            }
+        )
+        speed, told = _read_speeds(speeds).get(key), "an earlier run"
+        if speed is None:
+            again = layer.forward_seconds if checkpointing else 0.0
+            speed, told = (
+                1 / (load.padded * layers * (layer.seconds + again) + supervised * head),
+                "a probe",
+            )
+            if device == "cuda":
+                speed *= processes
+        steps = planned_steps(load.sequences, params)
+        tokens_a_step = counts.tokens / load.sequences * at_once * accumulation * processes
+        # A pass over all pairs, each beside others of its length.
+        reference = counts.tokens * (layers * layer.forward_seconds + supervised * head / 3)
+        return Plan(
+            machine=machine,
+            rows=counts.rows,
+            tokens=counts.tokens,
+            left_out=dict(chats.facts.left_out),
+            rows_cut=_rows_cut(chats),
+            packing_fill=load.fill,
+            steps=steps,
+            processes=processes,
+            batch_size=at_once,
+            step_sequences=at_once * accumulation * processes,
+            trainable_parameters=trainable,
+            total_parameters=total + trainable,
+            weight_bytes=round(weights),
+            loading_bytes=round(total * width) if uses_float8(params) else 0,
+            adapter_bytes=trainable * (8 + OPTIMIZER_BYTES.get(params.optimizer, 8)) // parts,
+            activation_bytes=activations[checkpointing],
+            other_activation_bytes=activations[not checkpointing],
+            logit_bytes=round(load.batch_tokens * supervised * vocabulary * LOGIT_BYTES) if logits else 0,
+            process_bytes=_held(device),
+            memory_bytes=_memory(device, processes),
+            gradient_checkpointing=checkpointing,
+            decided=params.gradient_checkpointing == "auto",
+            tokens_per_second=speed,
+            speed_from=told,
+            seconds=steps * tokens_a_step / speed,
+            reference_seconds=reference if isinstance(params, DpoParams) else 0.0,
+            speed_key=key,
+        )
+
+    if params.gradient_checkpointing != "auto":
+        return planned(params.gradient_checkpointing)
+    plan = planned(False)
+    return plan if plan.peak_bytes <= SAFE * plan.memory_bytes else planned(True)
 
 
 def record_outcome(aside: Path, plan: Plan, speeds: Path) -> None:
@@ -277,8 +374,8 @@ def _held(device: str) -> int:
     return 0 if device == "cuda" else int(psutil.Process().memory_info().rss)
 
 
-def _memory(device: str) -> int:
-    """Of the GPU, or of the machine or the container, whichever is less."""
+def _memory(device: str, processes: int) -> int:
+    """For each process: of its GPU, or its share of the machine or the container, whichever is less."""
     import psutil
     import torch
 
@@ -286,7 +383,10 @@ def _memory(device: str) -> int:
         return int(torch.cuda.get_device_properties(0).total_memory)
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
-    return min(psutil.virtual_memory().total, int(text) if text.isdecimal() else math.inf)  # type: ignore[return-value]
+    there_is = int(psutil.virtual_memory().total)
+    if text.isdecimal():
+        there_is = min(there_is, int(text))
+    return there_is // processes
 
 
 def _read_speeds(path: Path) -> dict[str, float]:

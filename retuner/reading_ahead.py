@@ -2,14 +2,10 @@
 
 A helper only ever fills the memo: what it could not parse, because it was killed or because the block is refused, the
 reader parses itself and says so itself. So helpers change how long reading takes and nothing else.
-
-A helper is a plain child with two pipes. It reads requests from its standard input until that ends, which it also does
-when the reader is killed, so none outlives its reader.
 """
 
 import json
 import os
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -17,11 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from retuner.chats import Block
 from retuner.dataset import DataFile
 from retuner.errors import Refused
+from retuner.helper_process import HelperProcess
 from retuner.memo import Memo
 
 if TYPE_CHECKING:
@@ -96,38 +93,17 @@ def _done(block: Block, asked: "Future[None] | None") -> Block:
     return block
 
 
-class _Helper:
-    """A process, seen from its reader."""
-
+class _Helper(HelperProcess):
     def __init__(self, reading: "Reading", memo: Memo):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # Whatever ends a helper, its reader comes upon too, and can say it better.
-            stderr=subprocess.DEVNULL,
-        )
-        self.requests = cast(IO[bytes], self.process.stdin)
-        self.answers = cast(IO[bytes], self.process.stdout)
+        super().__init__(__name__)
         settings = {name: getattr(reading, name) for name in SETTINGS}
-        self._write(settings | {"root": str(memo.root.absolute()), "key": memo.key})
+        self.tell(settings | {"root": str(memo.root.absolute()), "key": memo.key})
 
     def parse(self, block: Block, data: bytes, found: str | None) -> bool:
         """Whether the helper is still there afterwards. `data` are the bytes of the block."""
         asked = {"file": block.file.relpath, "line": block.first_line, "sha256": block.sha256, "found": found}
-        self._write(asked | {"bytes": len(data)}, data)
-        return bool(self.answers.readline())
-
-    def end(self) -> None:
-        with suppress(BrokenPipeError):
-            self.requests.close()
-        self.process.wait()
-        self.answers.close()
-
-    def _write(self, asked: dict[str, Any], data: bytes = b"") -> None:
-        with suppress(BrokenPipeError):  # it is gone: it will not answer
-            self.requests.write(json.dumps(asked).encode() + b"\n" + data)
-            self.requests.flush()
+        self.tell(asked | {"bytes": len(data)}, data)
+        return self.answer() is not None
 
 
 def main() -> None:
@@ -146,7 +122,7 @@ def main() -> None:
         file = DataFile(asked["file"], Path(asked["file"]), len(data), "")
         with suppress(Refused):
             reading.remember(Block(file, asked["line"], asked["sha256"], data), asked["found"])
-        answers.write(b"done\n")
+        answers.write(b"{}\n")
         answers.flush()
 
 

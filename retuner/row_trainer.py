@@ -209,6 +209,9 @@ def trainer_arguments(
 ) -> Any:
     """The arguments of a TRL class, of which `own` are those that others do not have."""
     per_device, accumulation = share(params, rank.of)
+    checkpointed = bool(
+        params.gradient_checkpointing
+    )  # `auto` that no plan has decided: what needs less memory
     arguments = kind(
         output_dir=str(staging),
         seed=params.seed,
@@ -226,8 +229,8 @@ def trainer_arguments(
         optim=params.optimizer,
         weight_decay=params.weight_decay,
         max_grad_norm=params.max_grad_norm,
-        gradient_checkpointing=params.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
+        gradient_checkpointing=checkpointed,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointed else None,
         dataloader_pin_memory=device == "cuda",
         save_strategy="steps",
         save_steps=params.checkpoint_every_steps,

@@ -3,25 +3,22 @@
 A helper only ever fills the memo: what it did not tokenise, because it was killed or because the chat is refused, its
 reader tokenises itself and says so itself. So helpers change how long templating takes and nothing else.
 
-A helper is a plain child with two pipes, which starts without transformers: it is given the tokenizer, and asks for
-layouts. It reads requests from its standard input until that ends, which it also does when the reader is killed, so
-none outlives its reader.
+A helper starts without transformers: it is given the tokenizer, and asks for layouts.
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from retuner.chat_lines import ChatLines, read_runs
 from retuner.encoding import ChatEncoder
 from retuner.errors import Refused
+from retuner.helper_process import HelperProcess
 from retuner.layout import Layout
 from retuner.reading_ahead import MOST_HELPERS, usable_cores
 from retuner.rendering import Renderer
@@ -81,21 +78,10 @@ class Helped:
         """Names of files of the memo."""
 
 
-class _Helper:
-    """A process, seen from its reader."""
-
+class _Helper(HelperProcess):
     def __init__(self, memo: Path):
+        super().__init__(__name__, TOKENIZERS_PARALLELISM="false")
         self.memo = memo
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # Whatever ends a helper, its reader comes upon too, and can say it better.
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-        )
-        self.requests = cast(IO[bytes], self.process.stdin)
-        self.answers = cast(IO[bytes], self.process.stdout)
         self.is_ready = False
 
     def work(self, renderer: Renderer, lines: ChatLines, batches: Batches, helped: Helped) -> None:
@@ -103,49 +89,38 @@ class _Helper:
         self.template = renderer.template
         if not self.is_ready:
             tokenizer = renderer.tokenizer.backend_tokenizer.to_str()
-            self._write({"memo": str(self.memo.absolute()), "tokenizer": tokenizer})
+            self.tell({"memo": str(self.memo.absolute()), "tokenizer": tokenizer})
             self.is_ready = self._answer() is not None
         while self.is_ready:
             try:
                 rows = batches.pop()
             except IndexError:
                 break
-            self._write({"path": str(lines.path.absolute()), "runs": lines.runs(rows)})
+            self.tell({"path": str(lines.path.absolute()), "runs": lines.runs(rows)})
             if self._answer() is None:
                 return
             helped.rows += len(rows)
-        self._write({"flush": True})
+        self.tell({"flush": True})
         if written := self._answer():
             helped.files += written["files"]
 
     def hurry(self) -> None:
         """There is nothing left to do: a helper that has not started yet never will."""
         if not self.is_ready:
-            self.process.kill()
+            self.kill()
 
     def end(self) -> None:
-        self.process.kill()
-        with suppress(BrokenPipeError):
-            self.requests.close()
-        self.process.wait()
-        self.answers.close()
+        self.kill()
+        super().end()
 
     def _answer(self) -> dict[str, Any] | None:
         """None when the helper is gone. Layouts that it asks for it gets."""
-        while line := self.answers.readline():
-            answer: dict[str, Any] = json.loads(line)
-            if "roles" not in answer:
-                return answer
+        while (answer := self.answer()) is not None and "roles" in answer:
             try:
-                self._write({"items": self.template.of_chat(tuple(answer["roles"])).spelled()})
+                self.tell({"items": self.template.of_chat(tuple(answer["roles"])).spelled()})
             except Refused:
-                self._write({"items": None})
-        return None
-
-    def _write(self, asked: dict[str, Any]) -> None:
-        with suppress(BrokenPipeError):  # it is gone: it will not answer
-            self.requests.write(json.dumps(asked).encode() + b"\n")
-            self.requests.flush()
+                self.tell({"items": None})
+        return answer
 
 
 # --- a helper

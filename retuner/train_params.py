@@ -85,7 +85,9 @@ class TrainParams(Strict):
     max_grad_norm: Annotated[float, Field(gt=0)]
     warm_start: Literal["none", "production"]
     quantization: QuantizationParams | None
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | Literal["auto"]
+    """Activations are computed a second time and not kept: a third slower. `auto`: where they would not fit, see
+    `retuner.planner`. The adapter is the same."""
     checkpoint_every_steps: Positive
     log_every_steps: Positive
     lora: LoraParams

@@ -308,6 +308,7 @@ def _effective(result: Learned, params: TrainParams) -> dict[str, str]:
         "attention": str(config._attn_implementation),
         "dtype": str(result.model.dtype).removeprefix("torch."),
         "use_cache": str(config.use_cache),
+        "gradient_checkpointing": str(result.model.is_activation_checkpointing),
         "requested_attention": params.attention,
         "requested_dtype": params.precision,
         "requested_use_cache": "False",

@@ -5,7 +5,6 @@ from typing import Any
 from retuner import dpo, launch, planner, registry, training
 from retuner.artifacts import AdapterFacts, Base, Chats
 from retuner.checkpoint_sharing import CheckpointSharing
-from retuner.errors import Refused
 from retuner.fused_kernels import require_liger, uses_liger
 from retuner.metric_stream import MetricStream
 from retuner.observe import Tee
@@ -38,32 +37,24 @@ def train(run: RunContext, chats: Chats, base: Base, params: SftParams | DpoPara
             run.observer.say(f"train: learning on from {start.model_name} version {start.version}")
         elif params.warm_start == "production":
             run.observer.say("train: nothing is in production to learn on from; the adapter begins at zero")
-        if isinstance(params, DpoParams) and run.runtime.processes > 1:
-            raise Refused(
-                f"train.recipe is dpo, and {run.runtime.processes} processes were asked for",
-                "one process: preference pairs are not shared out",
-                "unset RETUNER_PROCESSES, or leave out --processes",
-            )
-        plan = None
-        speeds = run.runtime.home / planner.SPEEDS
-        if isinstance(params, SftParams) and run.runtime.processes == 1:
-            plan = planner.make_plan(chats, base, params, run.runtime.device, speeds)
-            run.observer.say(f"train: expecting {plan.summary()}")
-            plan.refuse_what_cannot_fit()
+        runtime, speeds = run.runtime, run.runtime.home / planner.SPEEDS
+        several = (runtime.processes, runtime.strategy)
+        plan = planner.make_plan(chats, base, params, runtime.device, speeds, *several)
+        run.observer.say(f"train: expecting {plan.summary()}")
+        plan.refuse_what_cannot_fit()
+        asked = params.model_copy(update={"gradient_checkpointing": plan.gradient_checkpointing})
         with ExitStack() as open_:
             stream = open_.enter_context(MetricStream(run.mlflow_run(work.name), run.observer.say))
             if run.store.shared:
                 open_.enter_context(CheckpointSharing(run.store.shared, work, run.observer.say))
-            asked = (run.runtime.device, Tee(run.observer, stream), folder)
-            if isinstance(params, DpoParams):
-                return dpo.train(out, work, chats, base, params, *asked)
-            if run.runtime.processes > 1:
-                return launch.train_in_processes(
-                    out, work, chats, base, params, *asked, run.runtime.processes, run.runtime.strategy
-                )
-            facts = training.train(out, work, chats, base, params, *asked)
-        if plan:
-            planner.record_outcome(out / "aside", plan, speeds)
+            rest = (runtime.device, Tee(run.observer, stream), folder)
+            if isinstance(asked, DpoParams):
+                facts = dpo.train(out, work, chats, base, asked, *rest)
+            elif runtime.processes > 1:
+                facts = launch.train_in_processes(out, work, chats, base, asked, *rest, *several)
+            else:
+                facts = training.train(out, work, chats, base, asked, *rest)
+        planner.record_outcome(out / "aside", plan, speeds)
         return facts
 
     extra = ("bitsandbytes",) if needs_bitsandbytes(params) else ()

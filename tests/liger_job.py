@@ -184,7 +184,7 @@ def probed(folder: Path) -> dict[str, float]:
     """Bytes a token that a layer keeps, by kernels."""
     return {
         kernels: layer_cost(
-            folder / "base", params(kernels=kernels).model_dump_json(), "cpu", 8, 4
+            folder / "base", params(kernels=kernels), "cpu", 8, 4, end_to_end=True
         ).saved_bytes
         for kernels in ("torch", "liger")
     }

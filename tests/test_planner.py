@@ -1,17 +1,23 @@
 """A plan says what a training takes before it happens, and refuses what the machine cannot hold."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 
+import pair_job
 import pytest
 from projects import make_project, retrain, retuner, states
 from training_job import Heard, base_of, chats_of, make_inputs, params, random_rows, run
 
-from retuner import checkpoints, planner
+from retuner import checkpoints, layer_probe, planner
+from retuner.artifacts import PacksFacts
+from retuner.dpo import count_pairs
 from retuner.errors import Refused, Unavailable
 from retuner.layer_probe import layer_cost
+from retuner.packing import PAD_ID
 from retuner.planner import make_plan, record_outcome
+from retuner.step_load import step_load
 
 GIB = 2**30
 
@@ -21,9 +27,9 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def plan(folder, speeds=None, **asked):
+def plan(folder, speeds=None, several=(), **asked):
     return make_plan(
-        chats_of(folder), base_of(folder), params(**asked), "cpu", speeds or folder / "none.json"
+        *(chats_of(folder), base_of(folder), params(**asked), "cpu", speeds or folder / "none.json"), *several
     )
 
 
@@ -79,7 +85,7 @@ def test_the_memory_of_activations_is_what_autograd_keeps(inputs, precision):
         output = model.get_base_model().base_model(
             **{name: value for name, value in batch.items() if name != "labels"}, use_cache=False
         )
-    layer = layer_cost(inputs / "base", params(precision=precision).model_dump_json(), "cpu", 40, 12)
+    layer = layer_cost(inputs / "base", params(precision=precision), "cpu", 40, 12, end_to_end=True)
     assert output and sum(kept.values()) == pytest.approx(2 * 480 * layer.saved_bytes, rel=0.1)
 
 
@@ -108,23 +114,153 @@ def test_logits_are_planned_on_a_gpu_where_training_makes_them(inputs, monkeypat
 
     for name in ("layer_cost", "head_seconds", "machine_name", "_memory"):
         monkeypatch.setattr(planner, name, here(getattr(planner, name)))
-    counts = planner.count_rows(planner.read_rows(inputs / "chats" / "train.arrow"))
-    places = (chats_of(inputs), base_of(inputs), params(**asked), "cuda", inputs / "none.json")
-    assert planner._plan(counts, *places).logit_bytes == (plan(inputs, **asked).logit_bytes if asked else 0)
+    load = step_load(chats_of(inputs), params(**asked), at_once=2)
+    places = (chats_of(inputs), base_of(inputs), params(**asked), "cuda", inputs / "none.json", 1, "ddp")
+    assert planner._plan(load, *places).logit_bytes == (plan(inputs, **asked).logit_bytes if asked else 0)
 
 
 def test_what_cannot_fit_is_refused_with_what_to_change(inputs):
-    planned = replace(plan(inputs), process_bytes=0, activation_bytes=9 * GIB, other_activation_bytes=GIB)
+    planned = replace(
+        plan(inputs),
+        process_bytes=0,
+        activation_bytes=8 * GIB,
+        other_activation_bytes=GIB,
+        logit_bytes=GIB,
+        batch_size=4,
+        step_sequences=8,
+    )
     fits = replace(planned, memory_bytes=10 * GIB)
     fits.refuse_what_cannot_fit()
     assert not fits.must_checkpoint
-    short = replace(planned, memory_bytes=4 * GIB)
+    assert fits.largest_batch_size == 4
+    assert replace(planned, memory_bytes=19 * GIB).largest_batch_size == 8
+    short = replace(planned, memory_bytes=5 * GIB)
     assert short.must_checkpoint
-    with pytest.raises(Refused, match="train.gradient_checkpointing: true") as refusal:
+    with pytest.raises(Refused, match="train.gradient_checkpointing: auto") as refusal:
         short.refuse_what_cannot_fit()
-    assert "4.0 GiB" in refusal.value.expected
-    with pytest.raises(Refused, match="train.batch_size"):
-        replace(planned, memory_bytes=GIB // 2).refuse_what_cannot_fit()
+    assert "5.0 GiB" in refusal.value.expected
+    # An 8 GiB batch of four with 1 GiB of logits is 4.5 GiB of two.
+    checkpointed = replace(short, gradient_checkpointing=True)
+    assert checkpointed.largest_batch_size == 2
+    with pytest.raises(Refused, match="batch_size: 2 and train.gradient_accumulation: 4.* 4.5 GiB"):
+        checkpointed.refuse_what_cannot_fit()
+    nothing = replace(planned, memory_bytes=GIB)
+    assert nothing.largest_batch_size is None
+    with pytest.raises(Refused, match="max_tokens"):
+        nothing.refuse_what_cannot_fit()
+
+
+def test_the_plan_decides_whether_to_checkpoint_activations(inputs, monkeypatch):
+    kept, checkpointed = plan(inputs), plan(inputs, gradient_checkpointing=True)
+    roomy = plan(inputs, gradient_checkpointing="auto")
+    assert (roomy.decided, roomy.gradient_checkpointing) == (True, False)
+    assert roomy.activation_bytes == kept.activation_bytes
+    assert (kept.decided, checkpointed.decided) == (False, False)
+    monkeypatch.setattr(planner, "_held", lambda device: 0)
+    # Closer than a plan is right to.
+    monkeypatch.setattr(planner, "_memory", lambda *asked: round(plan_bytes(kept) * 1.05))
+    short = plan(inputs, gradient_checkpointing="auto")
+    assert (short.decided, short.gradient_checkpointing) == (True, True)
+    assert short.activation_bytes == checkpointed.activation_bytes
+    assert "activations checkpointed" in short.summary()
+    assert any("too little room" in line for line in short.lines())
+    assert not plan(inputs).gradient_checkpointing
+    monkeypatch.setattr(planner, "_memory", lambda *asked: round(plan_bytes(kept) * 1.2))
+    assert not plan(inputs, gradient_checkpointing="auto").gradient_checkpointing
+
+
+def plan_bytes(planned):
+    return planned.peak_bytes - planned.process_bytes
+
+
+def test_speeds_with_checkpoints_and_without_are_told_apart(inputs):
+    kept, checkpointed, auto = (plan(inputs, gradient_checkpointing=asked) for asked in (False, True, "auto"))
+    assert auto.speed_key == kept.speed_key != checkpointed.speed_key
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_padding_is_counted_as_batches_have_it(tmp_path, at_once):
+    from retuner.packing import collator
+
+    folder, rows = make_inputs(tmp_path, pack_tokens=None), random_rows()
+    load = step_load(chats_of(folder), params(), at_once)
+    assert load.batch_tokens == at_once * max(len(ids) for ids, _ in rows)
+    assert not load.end_to_end
+    draw, collate, computed, tokens = random.Random(0), collator(False, "sdpa"), 0, 0
+    for _ in range(2000):
+        batch = [dict(zip(("input_ids", "labels"), rows[draw.randrange(len(rows))])) for _ in range(at_once)]
+        computed += collate(batch)["input_ids"].numel()
+        tokens += sum(len(row["input_ids"]) for row in batch)
+    assert load.padded == pytest.approx(computed / tokens, rel=0.02)
+    assert (load.padded < 1.001) == (at_once == 1)
+
+
+def test_packs_are_not_padded_but_for_eager_attention(inputs):
+    chats = chats_of(inputs)
+    facts = chats.facts.model_copy(update={"packs": PacksFacts(count=10, fill=0.8, rows_too_long=0)})
+    chats = chats.model_copy(update={"facts": facts})
+    packed, eager = (step_load(chats, params(attention=kind), 2) for kind in ("sdpa", "eager"))
+    assert packed.end_to_end and packed.padded == 1
+    assert not eager.end_to_end and eager.padded == pytest.approx(1 / 0.8)
+    assert packed.batch_tokens == 2 * round(packed.counts.tokens / 10 / 0.8)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return pair_job.make_inputs(tmp_path_factory.mktemp("pairs"))
+
+
+def test_preference_pairs_are_planned_as_they_are_trained(pairs, tmp_path):
+    asked, speeds = pair_job.params(max_steps=2), tmp_path / "speeds.json"
+    planned = make_plan(chats_of(pairs), base_of(pairs), asked, "cpu", speeds)
+    facts = pair_job.run(pairs, asked)
+    counts = count_pairs(pairs / "chats")
+    assert (planned.rows, planned.tokens, planned.steps) == (counts.rows, counts.tokens, 2)
+    assert planned.trainable_parameters == facts.trainable_parameters
+    assert planned.packing_fill == pytest.approx(facts.packing_fill)
+    assert planned.reference_seconds > 0
+    assert "for the reference" in planned.lines()[-1]
+    record_outcome(pairs / "out" / "aside", planned, speeds)
+    again = make_plan(chats_of(pairs), base_of(pairs), asked, "cpu", speeds)
+    assert again.speed_from == "an earlier run"
+
+
+def test_a_batch_of_pairs_is_as_long_as_its_longest_conversation(pairs):
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    kinds = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [dict(zip(kinds, pair)) for pair in pair_job.random_pairs()]
+    draw, collate, computed, tokens = random.Random(0), DataCollatorForPreference(PAD_ID), 0, 0
+    load = step_load(chats_of(pairs), pair_job.params(), at_once=3)
+    for _ in range(2000):
+        batch = [rows[draw.randrange(len(rows))] for _ in range(3)]
+        made = collate(batch)
+        assert made["input_ids"].numel() <= load.batch_tokens
+        computed += made["input_ids"].numel()
+        tokens += int(made["attention_mask"].sum())
+    assert load.padded == pytest.approx(computed / tokens, rel=0.02)
+
+
+def test_pairs_are_not_planned_for_several_processes(pairs):
+    with pytest.raises(Refused, match="one process"):
+        make_plan(chats_of(pairs), base_of(pairs), pair_job.params(), "cpu", pairs / "none.json", 2)
+
+
+def test_what_a_process_of_several_takes_is_its_share(inputs):
+    """Of four sequences a step, two at a time."""
+    alone, ddp, fsdp = plan(inputs), plan(inputs, several=(2, "ddp")), plan(inputs, several=(2, "fsdp"))
+    assert [each.memory_bytes for each in (ddp, fsdp)] == [alone.memory_bytes // 2] * 2
+    assert ddp.weight_bytes == alone.weight_bytes
+    # Its half, and one of two layers whole.
+    assert fsdp.weight_bytes == pytest.approx(alone.weight_bytes * (1 / 2 + 1 / 2))
+    assert fsdp.adapter_bytes == alone.adapter_bytes // 2
+    assert [(each.batch_size, each.step_sequences) for each in (alone, ddp)] == [(2, 4), (2, 4)]
+    four = plan(inputs, several=(4, "ddp"))
+    assert (four.batch_size, four.step_sequences, four.steps) == (1, 4, alone.steps)
+    assert four.activation_bytes == pytest.approx(alone.activation_bytes / 2, rel=0.01)
+    assert len({each.speed_key for each in (alone, ddp, fsdp, four)}) == 4
+    with pytest.raises(Refused, match="3 processes"):
+        plan(inputs, several=(3, "ddp"))
 
 
 def test_the_speed_of_an_earlier_run_is_the_next_plan(tmp_path):
@@ -186,7 +322,7 @@ def test_the_generators_are_left_as_they_are(inputs):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    layer_cost.cache_clear()
+    layer_probe._measured.cache_clear()
     plan(inputs)
     assert torch.rand(4).equal(expected)
 
@@ -208,6 +344,19 @@ def test_the_plan_and_what_it_came_to_lie_beside_the_adapter_and_not_in_it(tmp_p
     monkeypatch.setattr(planner, "make_plan", too_large)
     with pytest.raises(Refused, match="GiB"):
         retrain(("train.seed=9",))
+
+
+def test_what_the_plan_decides_is_in_the_facts_and_not_in_the_adapter(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_project(tmp_path / "project"))
+    made = {}
+    for name, safe in (("kept", 0.9), ("checkpointed", 0.0)):
+        monkeypatch.setattr(planner, "SAFE", safe)
+        context = retrain(("train.gradient_checkpointing=auto",), home=tmp_path / name)
+        train = next(record.fingerprint for record in context.records if record.name == "train")
+        facts = context.store.manifest(train)["facts"]
+        made[name] = (train, facts["sha256"])
+        assert facts["effective"]["gradient_checkpointing"] == str(name == "checkpointed")
+    assert made["kept"] == made["checkpointed"]
 
 
 def test_the_command_says_it_and_trains_nothing(tmp_path):
