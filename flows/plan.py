@@ -5,7 +5,8 @@ from pathlib import Path
 
 from retuner.errors import Refused
 from retuner.params_file import load
-from retuner.planner import SPEEDS, Plan, make_plan
+from retuner.planner import SPEEDS, Plan
+from retuner.planning_aside import plan_aside
 from retuner.runtime import Runtime
 from tasks.context import RunObserver, open_context
 from tasks.fetch_base import fetch_base
@@ -23,7 +24,7 @@ def plan_training(
     splits, _ = carry_out(run, prepare(run, run.dataset, run.params.prepare))
     chats, _ = carry_out(run, template(run, splits, base, run.params.template))
     several = (runtime.processes, runtime.strategy)
-    plan = make_plan(chats, base, run.params.train, runtime.device, runtime.home / SPEEDS, *several)
+    plan = plan_aside(chats, base, run.params.train, runtime.device, runtime.home / SPEEDS, *several)
     try:
         plan.refuse_what_cannot_fit()
     except Refused as refusal:

@@ -107,8 +107,8 @@ class AdapterFacts(Facts):
     """Module kind to how many of the trainable parameters are its own."""
     packing_fill: float
     effective: dict[str, str]
-    """What the model really ran with: attention, dtype, use_cache, device type, processes; `requested_...` what was
-    asked; and by which held-out rows its step was `chosen`, where it stopped early."""
+    """What the model really ran with: attention, dtype, use_cache, gradient_checkpointing, device type, processes;
+    `requested_...` what was asked; and by which held-out rows its step was `chosen`, where it stopped early."""
     preference: PreferenceFacts | None = None
 
 

@@ -29,6 +29,10 @@ class RetunerError(Exception):
     def __reduce__(self):
         return type(self), (self.found, self.expected, self.do)
 
+    def spelled(self) -> dict[str, str | None]:
+        """For another process, see `from_spelled`."""
+        return {"kind": type(self).__name__, "found": self.found, "expected": self.expected, "do": self.do}
+
 
 class Refused(RetunerError):
     """The input (params, data, arguments) cannot be used as it is."""
@@ -46,3 +50,9 @@ class Unavailable(RetunerError):
     """Something the run depends on (hub, MLflow, Prefect, disk, DVC remote) cannot be used now."""
 
     exit_code = 4
+
+
+def from_spelled(told: dict[str, str | None]) -> RetunerError:
+    """The error that another process met."""
+    kinds = {each.__name__: each for each in (RetunerError, Refused, Unavailable)}
+    return kinds[told["kind"]](told["found"], told["expected"], told["do"])  # type: ignore[index,arg-type]

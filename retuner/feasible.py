@@ -7,7 +7,41 @@ from retuner.float8 import refuse_what_cannot_be_float8
 from retuner.fused_kernels import refuse_what_cannot_be_fused
 from retuner.packing import RowCounts
 from retuner.quantized import require_bitsandbytes
-from retuner.train_params import TrainParams
+from retuner.ranks import share
+from retuner.sharded import refuse_what_cannot_be_sharded
+from retuner.skeleton import read_skeleton
+from retuner.targets import choose_targets
+from retuner.train_params import DpoParams, SftParams, TrainParams
+
+
+def device_of(asked: str) -> str:
+    """`cpu` or `cuda`, for `auto` what there is."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+
+
+def refuse_what_cannot_be_shared(
+    params: TrainParams, base: Path, device: str, processes: int, strategy: str
+) -> None:
+    """What several processes cannot train together. Errors: Refused or Unavailable."""
+    import torch
+
+    if isinstance(params, DpoParams) and processes > 1:
+        raise Refused(
+            f"train.recipe is dpo, and {processes} processes were asked for",
+            "one process: preference pairs are not shared out",
+            "unset RETUNER_PROCESSES, or leave out --processes",
+        )
+    share(params, processes)
+    if device == "cuda" and torch.cuda.device_count() < processes:
+        raise Unavailable(
+            f"{processes} processes were asked for, and there are {torch.cuda.device_count()} CUDA devices",
+            "a device for each",
+            "lower RETUNER_PROCESSES or --processes, or set RETUNER_DEVICE to cpu",
+        )
+    if isinstance(params, SftParams) and processes > 1 and strategy == "fsdp":
+        refuse_what_cannot_be_sharded(params, choose_targets(params.lora, read_skeleton(base)))
 
 
 def refuse_what_cannot_work(counts: RowCounts, params: TrainParams, device: str, base: Path) -> None:

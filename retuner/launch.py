@@ -17,17 +17,13 @@ from pathlib import Path
 from typing import IO
 
 from retuner.artifacts import AdapterFacts, Base, Chats
-from retuner.errors import Refused, RetunerError, Unavailable
+from retuner.errors import RetunerError, from_spelled
+from retuner.feasible import device_of, refuse_what_cannot_be_shared
 from retuner.observe import Observer
-from retuner.ranks import share
-from retuner.sharded import refuse_what_cannot_be_sharded
-from retuner.skeleton import read_skeleton
-from retuner.targets import choose_targets
 from retuner.termination import sigterm_held_back
 from retuner.train_params import SftParams
 
 STOP = b"stop\n"
-ERRORS: dict[str, type[RetunerError]] = {each.__name__: each for each in (RetunerError, Refused, Unavailable)}
 LAST_LINES = 8
 SEAL_SECONDS = 3600
 """Given to ranks where the launcher itself gets SIGTERM: for the step under way and its checkpoint."""
@@ -49,9 +45,8 @@ def train_in_processes(
 
     Errors: also Refused or Unavailable when the work cannot be shared out; RetunerError when a process dies.
     """
-    device = _refuse_what_cannot_be_shared(params, device, processes)
-    if strategy == "fsdp":
-        refuse_what_cannot_be_sharded(params, choose_targets(params.lora, read_skeleton(base.path)))
+    device = device_of(device)
+    refuse_what_cannot_be_shared(params, base.path, device, processes, strategy)
     asked = {
         "out": str(out),
         "work": str(work),
@@ -98,22 +93,6 @@ def train_in_processes(
     return facts
 
 
-def _refuse_what_cannot_be_shared(params: SftParams, device: str, processes: int) -> str:
-    """`cpu` or `cuda`."""
-    import torch
-
-    share(params, processes)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and torch.cuda.device_count() < processes:
-        raise Unavailable(
-            f"{processes} processes were asked for, and there are {torch.cuda.device_count()} CUDA devices",
-            "a device for each",
-            "lower RETUNER_PROCESSES or --processes, or set RETUNER_DEVICE to cpu",
-        )
-    return device
-
-
 def _command(processes: int, asked: Path) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     patience = ["--shutdown-timeout", str(SEAL_SECONDS)]
@@ -147,7 +126,7 @@ def _listen(lines: IO[bytes], observer: Observer) -> tuple[AdapterFacts | None, 
             case "facts":
                 facts = AdapterFacts.model_validate(told)
             case "error":
-                error = error or ERRORS[told["kind"]](told["found"], told["expected"], told["do"])
+                error = error or from_spelled(told)
     return facts, error
 
 

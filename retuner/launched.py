@@ -76,13 +76,5 @@ if __name__ == "__main__":
         main(wanted, here, told)
     except RetunerError as error:
         with suppress(OSError):
-            told.send(
-                "error",
-                {
-                    "kind": type(error).__name__,
-                    "found": error.found,
-                    "expected": error.expected,
-                    "do": error.do,
-                },
-            )
+            told.send("error", error.spelled())
         sys.exit(1)

@@ -6,20 +6,25 @@ result: where params say `auto` the plan decides it. What depends on the machine
 """
 
 import json
+import math
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from retuner.artifacts import Base, Chats
 from retuner.determinism import quiet
 from retuner.errors import Refused
-from retuner.feasible import refuse_what_cannot_work
+from retuner.feasible import device_of, refuse_what_cannot_be_shared, refuse_what_cannot_work
 from retuner.files import write_whole
 from retuner.fingerprint import fingerprint
 from retuner.float8 import uses_float8
 from retuner.layer_probe import head_seconds, layer_cost
 from retuner.lora import count_trainable, put_adapter_on
 from retuner.ranks import share
+from retuner.row_attention import attends_by_row
 from retuner.row_trainer import makes_logits
 from retuner.skeleton import empty_model, skeleton_of
 from retuner.step_load import StepLoad, step_load
@@ -35,8 +40,12 @@ QUANTIZED_BYTES = {True: 0.52, False: 0.57}
 FLOAT8_BYTES = 1.0
 LOGIT_BYTES = 16
 """Of one logit: itself in the base's precision, in float32, its logarithm of the softmax, its gradient."""
-PROBE_TOKENS, MOST_PROBE_TOKENS = 512, 16_384
+PAIR_HEAD, REFERENCE_HEAD = 2.2, 0.9
+"""Of the time of a token's logits, forward and back: TRL's log-probabilities of pairs, which make logits a second time
+for the backward pass, and their forward pass alone. Measured on a processor."""
+PROBE_TOKENS, MOST_PROBE_TOKENS, MOST_HEAD_TOKENS = 512, 16_384, 128
 """A processor computes a few hundred tokens as fast as many; a GPU is given as many as a step will have."""
+IN_LAYER = re.compile(r"\.layers\.(\d+)\.")
 SAFE = 0.9
 """Of what there is, as much as activations may fill before they are checkpointed: plans are right to within a tenth."""
 GIB = 2**30
@@ -80,6 +89,8 @@ class Plan:
     gradient_checkpointing: bool
     """As the params say, or as was decided for `auto`."""
     decided: bool
+    savings: list[str]
+    """What else would take less memory."""
     tokens_per_second: float
     """Of all processes."""
     speed_from: str
@@ -102,18 +113,22 @@ class Plan:
     @property
     def must_checkpoint(self) -> bool:
         """Whether only checkpointed activations fit."""
-        without = self.other_peak_bytes if self.gradient_checkpointing else self.peak_bytes
-        return without > self.memory_bytes
+        peaks = self.peak_bytes, self.other_peak_bytes
+        checkpointed, kept = peaks if self.gradient_checkpointing else reversed(peaks)
+        return checkpointed <= self.memory_bytes < kept
+
+    @property
+    def wants_checkpoints(self) -> bool:
+        """Of activations that are kept: whether they leave too little room, and checkpointed ones more."""
+        return self.peak_bytes > SAFE * self.memory_bytes and self.other_peak_bytes < self.peak_bytes
 
     @property
     def largest_batch_size(self) -> int | None:
-        """Sequences at a time that fit and divide a step; None where not even one fits."""
+        """Sequences at a time that fit and divide a step; None where not even one fits. Where it was decided that
+        activations are kept, those with which they still would be."""
         mine = self.step_sequences // self.processes
-        fit = (
-            size
-            for size in range(mine, 0, -1)
-            if mine % size == 0 and self.peak_with(size) <= self.memory_bytes
-        )
+        room = self.memory_bytes * (SAFE if self.decided and not self.gradient_checkpointing else 1)
+        fit = (size for size in range(mine, 0, -1) if mine % size == 0 and self.peak_with(size) <= room)
         return next(fit, None)
 
     def peak_with(self, batch_size: int) -> int:
@@ -154,12 +169,13 @@ class Plan:
 
     def _advice(self) -> str:
         """On checkpoints and the size of a batch."""
-        kind = "checkpointed" if self.gradient_checkpointing else "kept"
-        advice = f"activations are {kind}"
+        advice = f"activations are {'checkpointed' if self.gradient_checkpointing else 'kept'}"
         if self.must_checkpoint and self.gradient_checkpointing:
             advice += f", as {self.other_peak_bytes / GIB:.1f} GiB would be needed otherwise"
         elif self.must_checkpoint:
             advice += ", and would fit only checkpointed"
+        elif self.peak_bytes > self.memory_bytes:
+            advice += ", and fit neither way"
         elif self.gradient_checkpointing and self.decided:
             advice += f": {self.other_peak_bytes / GIB:.1f} GiB otherwise would leave too little room"
         elif self.gradient_checkpointing:
@@ -179,8 +195,8 @@ class Plan:
         """Errors: Refused."""
         if self.peak_bytes <= self.memory_bytes:
             return
-        size = self.largest_batch_size
-        if not self.gradient_checkpointing and self.other_peak_bytes <= self.memory_bytes:
+        size, each = self.largest_batch_size, ""
+        if self.must_checkpoint:
             do = "set train.gradient_checkpointing: auto"
         elif size:
             do = (
@@ -188,13 +204,13 @@ class Plan:
                 f"the same step in {self.peak_with(size) / GIB:.1f} GiB"
             )
         else:
-            do = (
-                "set train.gradient_checkpointing: auto, train.precision: bfloat16, or train.quantization, or let "
-                "sequences be shorter, with template.max_tokens and pack_tokens"
-            )
+            do = " or ".join(self.savings)
+        if self.processes > 1:
+            each = f" for each of {self.processes} processes"
+            do += "; or let fewer processes train, or with --strategy fsdp, which shares the base out"
         raise Refused(
-            f"this training would need {self.peak_bytes / GIB:.1f} GiB",
-            f"at most the {self.memory_bytes / GIB:.1f} GiB of {self.machine}",
+            f"this training would need {self.peak_bytes / GIB:.1f} GiB{each}",
+            f"at most the {self.memory_bytes / GIB:.1f} GiB of {self.machine}{each}",
             do,
         )
 
@@ -214,16 +230,11 @@ def make_plan(
     """
     import torch
 
-    if isinstance(params, DpoParams) and processes > 1:
-        raise Refused(
-            f"train.recipe is dpo, and {processes} processes were asked for",
-            "one process: preference pairs are not shared out",
-            "unset RETUNER_PROCESSES, or leave out --processes",
-        )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(device)
     with quiet():
-        load = step_load(chats, params, share(params, processes)[0])
+        refuse_what_cannot_be_shared(params, base.path, device, processes, strategy)
+        by_row = attends_by_row(base.path, params.attention)
+        load = step_load(chats, params, share(params, processes)[0], by_row)
         refuse_what_cannot_work(load.counts, params, device, base.path)
         with torch.random.fork_rng(devices=[0] if device == "cuda" else []):
             return _plan(load, chats, base, params, device, speeds, processes, strategy)
@@ -241,25 +252,28 @@ def _plan(
 ) -> Plan:
     model = empty_model(base.path)
     total, config = sum(weight.numel() for weight in model.parameters()), model.config
+    layers, vocabulary = config.num_hidden_layers, config.vocab_size
+    in_layers = sum(weight.numel() for name, weight in model.named_parameters() if IN_LAYER.search(name))
     skeleton = skeleton_of(model)
     targets = choose_targets(params.lora, skeleton, quantized=params.quantization is not None)
     linear = sum(inputs * outputs for inputs, outputs in skeleton.linear.values())
     lora = params.lora.model_copy(update={"init": "default"})  # the others look at the weights
     model = put_adapter_on(model, lora, targets)
     trainable = sum(count_trainable(model, targets).values())
+    pairs = isinstance(params, DpoParams)
     logits = isinstance(params, SftParams) and makes_logits(model, params, device)
 
     counts, (at_once, accumulation) = load.counts, share(params, processes)
-    rows = counts.rows * (2 if isinstance(params, DpoParams) else 1)
-    row_tokens = max(1, round(counts.tokens / rows))
     supervised = counts.supervised_tokens / counts.tokens
     probed = PROBE_TOKENS if device == "cpu" else min(load.batch_tokens, MOST_PROBE_TOKENS)
-    layer = layer_cost(base.path, params, device, row_tokens, max(1, probed // row_tokens), load.end_to_end)
-    layers, vocabulary = config.num_hidden_layers, config.vocab_size
+    rows = max(1, probed // load.row_tokens)
+    layer = layer_cost(base.path, params, device, load.row_tokens, rows, load.end_to_end)
     width = WEIGHT_BYTES[params.precision]
     kept = load.batch_tokens * layer.saved_bytes
+    learning = layers - _first_that_learns(model, skeleton.embedding, layers)
     activations = {
-        False: round(kept * layers),
+        # Gradients go no deeper than the first layer that learns, but checkpoints let them go through all.
+        False: round(kept * learning),
         True: round(kept + load.batch_tokens * layers * config.hidden_size * width),
     }
     weights = total * width
@@ -268,10 +282,34 @@ def _plan(
             FLOAT8_BYTES if uses_float8(params) else QUANTIZED_BYTES[params.quantization.double]
         )
     parts = processes if strategy == "fsdp" else 1
-    if parts > 1:
-        weights = weights / parts + total * width / layers  # and one layer whole, while it computes
-    head = head_seconds(config.hidden_size, vocabulary, params.precision, device, min(row_tokens, 128))
-    machine = machine_name(device)
+    if parts > 1:  # What is in no layer stays whole, and so does a layer while it computes.
+        weights = (in_layers / parts + total - in_layers + in_layers / layers) * width
+    loading = total * width if uses_float8(params) or (parts > 1 and device == "cpu") else 0
+
+    @cache
+    def head() -> float:
+        tokens = min(load.row_tokens, MOST_HEAD_TOKENS)
+        return head_seconds(config.hidden_size, vocabulary, params.precision, device, tokens)
+
+    def token_seconds(checkpointing: bool) -> float:
+        """Of one that is not padding."""
+        passes = layers * layer.forward_seconds + learning * (layer.seconds - layer.forward_seconds)
+        if checkpointing:
+            passes = layers * (layer.seconds + layer.forward_seconds)
+        if not pairs:
+            return load.padded * passes + supervised * head()
+        # On a CPU TRL makes log-probabilities for every position.
+        return load.padded * passes + (load.padded if device == "cpu" else supervised) * PAIR_HEAD * head()
+
+    def reference_seconds() -> float:
+        """Of a pass over all pairs, each beside others of its length."""
+        scored = 1 if device == "cpu" else supervised
+        return counts.tokens * (layers * layer.forward_seconds + scored * REFERENCE_HEAD * head())
+
+    machine, known = machine_name(device), _read_speeds(speeds)
+    together = at_once * accumulation * processes
+    steps = planned_steps(load.sequences, params)
+    learned_tokens = steps * counts.tokens / math.ceil(load.sequences / together)
 
     def planned(checkpointing: bool) -> Plan:
         key = fingerprint(
@@ -285,24 +323,16 @@ def _plan(
                     ),
                     "gradient_checkpointing": checkpointing,
                 },
-                "row_tokens": row_tokens,
+                "row_tokens": load.row_tokens,
                 "batch_tokens": load.batch_tokens,
                 "processes": [processes, strategy],
             }
         )
-        speed, told = _read_speeds(speeds).get(key), "an earlier run"
+        speed, told = known.get(key), "an earlier run"
         if speed is None:
-            again = layer.forward_seconds if checkpointing else 0.0
-            speed, told = (
-                1 / (load.padded * layers * (layer.seconds + again) + supervised * head),
-                "a probe",
-            )
+            speed, told = 1 / token_seconds(checkpointing), "a probe"
             if device == "cuda":
                 speed *= processes
-        steps = planned_steps(load.sequences, params)
-        tokens_a_step = counts.tokens / load.sequences * at_once * accumulation * processes
-        # A pass over all pairs, each beside others of its length.
-        reference = counts.tokens * (layers * layer.forward_seconds + supervised * head / 3)
         return Plan(
             machine=machine,
             rows=counts.rows,
@@ -313,11 +343,11 @@ def _plan(
             steps=steps,
             processes=processes,
             batch_size=at_once,
-            step_sequences=at_once * accumulation * processes,
+            step_sequences=together,
             trainable_parameters=trainable,
             total_parameters=total + trainable,
             weight_bytes=round(weights),
-            loading_bytes=round(total * width) if uses_float8(params) else 0,
+            loading_bytes=round(loading),
             adapter_bytes=trainable * (8 + OPTIMIZER_BYTES.get(params.optimizer, 8)) // parts,
             activation_bytes=activations[checkpointing],
             other_activation_bytes=activations[not checkpointing],
@@ -326,17 +356,36 @@ def _plan(
             memory_bytes=_memory(device, processes),
             gradient_checkpointing=checkpointing,
             decided=params.gradient_checkpointing == "auto",
+            savings=list(_savings(params)),
             tokens_per_second=speed,
             speed_from=told,
-            seconds=steps * tokens_a_step / speed,
-            reference_seconds=reference if isinstance(params, DpoParams) else 0.0,
+            seconds=learned_tokens / speed,
+            reference_seconds=reference_seconds() if pairs else 0.0,
             speed_key=key,
         )
 
     if params.gradient_checkpointing != "auto":
         return planned(params.gradient_checkpointing)
     plan = planned(False)
-    return plan if plan.peak_bytes <= SAFE * plan.memory_bytes else planned(True)
+    return planned(True) if plan.wants_checkpoints else plan
+
+
+def _first_that_learns(model: Any, embedding: str, layers: int) -> int:
+    """The first layer to which gradients go back; `layers` where they go to none."""
+    learn = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    if any(f".{embedding}." in f"{name}." for name in learn):
+        return 0
+    return min((int(found[1]) for name in learn if (found := IN_LAYER.search(name))), default=layers)
+
+
+def _savings(params: SftParams | DpoParams) -> Iterator[str]:
+    if params.gradient_checkpointing is False:
+        yield "set train.gradient_checkpointing: auto"
+    if params.precision != "bfloat16":
+        yield "set train.precision: bfloat16"
+    if not params.quantization and isinstance(params, SftParams):
+        yield "hold the base in 4 bits, with train.quantization"
+    yield "let sequences be shorter, with template.max_tokens and pack_tokens"
 
 
 def record_outcome(aside: Path, plan: Plan, speeds: Path) -> None:
@@ -365,7 +414,8 @@ def machine_name(device: str) -> str:
 
 def _rows_cut(chats: Chats) -> int:
     report = chats.path / "aside" / "tokens.json"
-    return int(json.loads(report.read_bytes())["train"]["cut"]) if report.exists() else 0
+    # Of pairs none is ever cut.
+    return int(json.loads(report.read_bytes())["train"].get("cut", 0)) if report.exists() else 0
 
 
 def _held(device: str) -> int:

@@ -5,6 +5,8 @@ a small model and rules out the fast kernels. Here a CPU takes the rows one afte
 precision all of them at once in torch's varlen kernel. Nothing is computed between two rows.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 ROW_ATTENTION = "sdpa_by_row"
@@ -26,6 +28,13 @@ def attend_by_row(model: Any) -> bool:
     AttentionMaskInterface.register(ROW_ATTENTION, padding_mask)
     model.set_attn_implementation(ROW_ATTENTION)
     return True
+
+
+def attends_by_row(base: Path, attention: str) -> bool:
+    """Whether a model in the folder `base` is told where the rows of a pack end, in training with `attention`."""
+    if attention == "sdpa":
+        return json.loads((base / "config.json").read_bytes())["model_type"] in MODEL_TYPES
+    return attention == "flash_attention_2"
 
 
 def padding_mask(*, attention_mask: Any, **about: Any) -> Any:

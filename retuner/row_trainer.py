@@ -209,9 +209,8 @@ def trainer_arguments(
 ) -> Any:
     """The arguments of a TRL class, of which `own` are those that others do not have."""
     per_device, accumulation = share(params, rank.of)
-    checkpointed = bool(
-        params.gradient_checkpointing
-    )  # `auto` that no plan has decided: what needs less memory
+    # `auto` that no plan has decided means what needs less memory.
+    checkpointed = bool(params.gradient_checkpointing)
     arguments = kind(
         output_dir=str(staging),
         seed=params.seed,

@@ -15,7 +15,9 @@ class StepLoad:
     sequences: int
     """What a batch is made of: packs, rows, or pairs."""
     batch_tokens: int
-    """The most that a batch may have."""
+    """The most that a batch has."""
+    row_tokens: int
+    """How many tokens attend to one another: those of a row, or, where there is a mask, of what it is as wide as."""
     fill: float
     """Of sequences as long as any may be, how much is not padding."""
     padded: float
@@ -24,8 +26,9 @@ class StepLoad:
     """Rows lie one after another, without padding and without a mask."""
 
 
-def step_load(chats: Chats, params: SftParams | DpoParams, at_once: int) -> StepLoad:
-    """`at_once` is how many sequences a process takes at a time."""
+def step_load(chats: Chats, params: SftParams | DpoParams, at_once: int, by_row: bool) -> StepLoad:
+    """`at_once` is how many sequences a process takes at a time, `by_row` whether the attention to be used is told
+    where rows of a pack end."""
     if isinstance(params, DpoParams):
         counts = count_pairs(chats.path)
         return (
@@ -40,28 +43,30 @@ def step_load(chats: Chats, params: SftParams | DpoParams, at_once: int) -> Step
     if not packs:
         return _padded_load(counts, _row_lengths(rows), at_once, 1)
     pack_tokens = round(counts.tokens / packs.count / packs.fill)
-    end_to_end = params.attention != "eager"
     return StepLoad(
         counts=counts,
         sequences=packs.count,
-        batch_tokens=at_once * pack_tokens,
+        batch_tokens=min(at_once, packs.count) * pack_tokens,
+        row_tokens=max(1, round(counts.tokens / counts.rows)) if by_row else pack_tokens,
         fill=packs.fill,
-        padded=1.0 if end_to_end else 1 / packs.fill,
-        end_to_end=end_to_end,
+        padded=1.0 if by_row else 1 / packs.fill,
+        end_to_end=by_row,
     )
 
 
 def _none(counts: RowCounts) -> StepLoad:
-    return StepLoad(counts, sequences=0, batch_tokens=0, fill=0.0, padded=1.0, end_to_end=False)
+    return StepLoad(counts, 0, 0, 0, fill=0.0, padded=1.0, end_to_end=False)
 
 
 def _padded_load(counts: RowCounts, lengths: Any, at_once: int, conversations: int) -> StepLoad:
     """Of sequences of `conversations` each, that are filled up to the longest of their batch."""
+    at_once = min(at_once, counts.rows)
     longest = conversations * counts.longest_tokens
     return StepLoad(
         counts=counts,
         sequences=counts.rows,
         batch_tokens=at_once * longest,
+        row_tokens=counts.longest_tokens,
         fill=counts.tokens / (counts.rows * longest),
         padded=conversations * _expected_longest(lengths, at_once) * counts.rows / counts.tokens,
         end_to_end=False,

@@ -21,7 +21,7 @@ from retuner.artifacts import AdapterFacts, Base, Chats
 from retuner.base import load_model
 from retuner.determinism import quiet, reproducible
 from retuner.errors import RetunerError
-from retuner.feasible import refuse_what_cannot_work
+from retuner.feasible import device_of, refuse_what_cannot_work
 from retuner.files import sha256_file
 from retuner.float8 import COMPARED_SEQUENCES, hold_in_float8, uses_float8
 from retuner.fused_kernels import VERSION, fuse, has_fused_head, unfuse, uses_liger
@@ -164,8 +164,7 @@ def learned(
     """
     import torch
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(device)
     with reproducible(), quiet():
         result = _learn(work, chats, base, params, device, observer, start, recipe, rank)
         yield result

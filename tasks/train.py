@@ -8,6 +8,7 @@ from retuner.checkpoint_sharing import CheckpointSharing
 from retuner.fused_kernels import require_liger, uses_liger
 from retuner.metric_stream import MetricStream
 from retuner.observe import Tee
+from retuner.planning_aside import plan_aside
 from retuner.quantized import needs_bitsandbytes, require_bitsandbytes
 from retuner.train_params import DpoParams, SftParams
 from retuner.warm_start import production_start, train_request
@@ -39,7 +40,7 @@ def train(run: RunContext, chats: Chats, base: Base, params: SftParams | DpoPara
             run.observer.say("train: nothing is in production to learn on from; the adapter begins at zero")
         runtime, speeds = run.runtime, run.runtime.home / planner.SPEEDS
         several = (runtime.processes, runtime.strategy)
-        plan = planner.make_plan(chats, base, params, runtime.device, speeds, *several)
+        plan = plan_aside(chats, base, params, runtime.device, speeds, *several)
         run.observer.say(f"train: expecting {plan.summary()}")
         plan.refuse_what_cannot_fit()
         asked = params.model_copy(update={"gradient_checkpointing": plan.gradient_checkpointing})

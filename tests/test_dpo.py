@@ -40,6 +40,13 @@ def test_the_margin_grows_from_nothing(undisturbed):
     assert facts.preference.beta == 0.1 and facts.preference.reference is None
 
 
+def test_checkpointed_activations_change_nothing(undisturbed, inputs):
+    checkpointed = EVERY_STEP.model_copy(update={"gradient_checkpointing": True})
+    facts = run(inputs, checkpointed)
+    assert facts.sha256 == undisturbed[1].sha256
+    assert facts.effective["gradient_checkpointing"] == "True"
+
+
 def test_an_adapter_that_training_begins_as_is_the_reference(undisturbed, inputs):
     folder, facts, _ = undisturbed
     heard, asked = Heard(), params(log_every_steps=1, lora={"dropout": 0.0})

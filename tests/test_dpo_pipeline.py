@@ -82,6 +82,14 @@ def test_it_learns_on_from_production_and_is_held_against_it(tuned):
     assert {"loss", "perplexity", "exact_match"} <= scores["candidate"].keys()
 
 
+def test_it_was_planned(tuned):
+    folder, manifest = result(tuned, "train")
+    told = json.loads((folder / "aside" / "plan.json").read_bytes())
+    assert told["predicted"]["trainable_parameters"] == manifest["facts"]["trainable_parameters"]
+    assert told["predicted"]["steps"] == 8 and told["predicted"]["reference_seconds"] > 0
+    assert told["outcome"]["tokens_per_second"] > 0
+
+
 def test_the_scores_are_means_of_what_is_kept_of_each_pair(tuned):
     folder, manifest = result(tuned, "evaluate")
     lines = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]

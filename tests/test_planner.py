@@ -8,16 +8,24 @@ from dataclasses import replace
 import pair_job
 import pytest
 from projects import make_project, retrain, retuner, states
-from training_job import Heard, base_of, chats_of, make_inputs, params, random_rows, run
+from safetensors.numpy import load_file
+from test_row_attention import packed
+from training_job import PACK_TOKENS, Heard, base_of, chats_of, make_inputs, params, random_rows, run
 
-from retuner import checkpoints, layer_probe, planner
+from retuner import checkpoints, layer_probe, planner, planning_aside
 from retuner.artifacts import PacksFacts
+from retuner.base import load_model
 from retuner.dpo import count_pairs
 from retuner.errors import Refused, Unavailable
 from retuner.layer_probe import layer_cost
+from retuner.lora import put_adapter_on
 from retuner.packing import PAD_ID
 from retuner.planner import make_plan, record_outcome
+from retuner.planning_aside import plan_aside
+from retuner.row_attention import ROW_ATTENTION, attend_by_row, attends_by_row
+from retuner.skeleton import read_skeleton
 from retuner.step_load import step_load
+from retuner.targets import choose_targets
 
 GIB = 2**30
 
@@ -54,39 +62,10 @@ def test_a_plan_loads_no_weights(tmp_path):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_memory_of_activations_is_what_autograd_keeps(inputs, precision):
     """The layers' share of a real forward pass over real rows."""
-    import torch
-    from test_row_attention import packed
-
-    from retuner.base import load_model
-    from retuner.lora import put_adapter_on
-    from retuner.row_attention import ROW_ATTENTION, attend_by_row
-    from retuner.skeleton import read_skeleton
-    from retuner.targets import choose_targets
-
     asked = params(precision=precision)
-    base = load_model(inputs / "base", precision, "sdpa", "cpu")
-    attend_by_row(base)
-    lora = asked.lora
-    model = put_adapter_on(base, lora, choose_targets(lora, read_skeleton(inputs / "base"))).train()
-    batch = packed(ROW_ATTENTION, [list(range(40))] * 12)
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
-    ):
-        output = model.get_base_model().base_model(
-            **{name: value for name, value in batch.items() if name != "labels"}, use_cache=False
-        )
-    layer = layer_cost(inputs / "base", params(precision=precision), "cpu", 40, 12, end_to_end=True)
-    assert output and sum(kept.values()) == pytest.approx(2 * 480 * layer.saved_bytes, rel=0.1)
+    kept = kept_by(inputs, asked, packed(ROW_ATTENTION, [list(range(40))] * 12))
+    layer = layer_cost(inputs / "base", asked, "cpu", 40, 12, end_to_end=True)
+    assert kept == pytest.approx(2 * 480 * layer.saved_bytes, rel=0.1)
 
 
 def test_checkpointed_activations_take_less(inputs):
@@ -114,7 +93,7 @@ def test_logits_are_planned_on_a_gpu_where_training_makes_them(inputs, monkeypat
 
     for name in ("layer_cost", "head_seconds", "machine_name", "_memory"):
         monkeypatch.setattr(planner, name, here(getattr(planner, name)))
-    load = step_load(chats_of(inputs), params(**asked), at_once=2)
+    load = step_load(chats_of(inputs), params(**asked), at_once=2, by_row=True)
     places = (chats_of(inputs), base_of(inputs), params(**asked), "cuda", inputs / "none.json", 1, "ddp")
     assert planner._plan(load, *places).logit_bytes == (plan(inputs, **asked).logit_bytes if asked else 0)
 
@@ -145,9 +124,21 @@ def test_what_cannot_fit_is_refused_with_what_to_change(inputs):
     with pytest.raises(Refused, match="batch_size: 2 and train.gradient_accumulation: 4.* 4.5 GiB"):
         checkpointed.refuse_what_cannot_fit()
     nothing = replace(planned, memory_bytes=GIB)
-    assert nothing.largest_batch_size is None
-    with pytest.raises(Refused, match="max_tokens"):
+    assert nothing.largest_batch_size is None and not nothing.must_checkpoint
+    assert any("fit neither way" in line for line in nothing.lines())
+    with pytest.raises(Refused, match="max_tokens") as refusal:
         nothing.refuse_what_cannot_fit()
+    assert "precision: bfloat16" in str(refusal.value) and "fsdp" not in str(refusal.value)
+    several = replace(nothing, processes=2)
+    with pytest.raises(Refused, match="for each of 2 processes") as refusal:
+        several.refuse_what_cannot_fit()
+    assert "--strategy fsdp" in refusal.value.do
+
+
+def test_what_is_set_already_is_not_advised(inputs):
+    saving = plan(inputs, gradient_checkpointing="auto", precision="bfloat16")
+    assert not any("bfloat16" in each or "gradient_checkpointing" in each for each in saving.savings)
+    assert any("gradient_checkpointing: auto" in each for each in plan(inputs).savings)
 
 
 def test_the_plan_decides_whether_to_checkpoint_activations(inputs, monkeypatch):
@@ -183,7 +174,7 @@ def test_padding_is_counted_as_batches_have_it(tmp_path, at_once):
     from retuner.packing import collator
 
     folder, rows = make_inputs(tmp_path, pack_tokens=None), random_rows()
-    load = step_load(chats_of(folder), params(), at_once)
+    load = step_load(chats_of(folder), params(), at_once, by_row=True)
     assert load.batch_tokens == at_once * max(len(ids) for ids, _ in rows)
     assert not load.end_to_end
     draw, collate, computed, tokens = random.Random(0), collator(False, "sdpa"), 0, 0
@@ -195,14 +186,108 @@ def test_padding_is_counted_as_batches_have_it(tmp_path, at_once):
     assert (load.padded < 1.001) == (at_once == 1)
 
 
-def test_packs_are_not_padded_but_for_eager_attention(inputs):
-    chats = chats_of(inputs)
-    facts = chats.facts.model_copy(update={"packs": PacksFacts(count=10, fill=0.8, rows_too_long=0)})
-    chats = chats.model_copy(update={"facts": facts})
-    packed, eager = (step_load(chats, params(attention=kind), 2) for kind in ("sdpa", "eager"))
-    assert packed.end_to_end and packed.padded == 1
-    assert not eager.end_to_end and eager.padded == pytest.approx(1 / 0.8)
-    assert packed.batch_tokens == 2 * round(packed.counts.tokens / 10 / 0.8)
+def packed_chats(folder, packs, pack_tokens):
+    """They say that they are packed, into so many packs."""
+    chats = chats_of(folder)
+    fill = sum(len(ids) for ids, _ in random_rows()) / (packs * pack_tokens)
+    facts = chats.facts.model_copy(update={"packs": PacksFacts(count=packs, fill=fill, rows_too_long=0)})
+    return chats.model_copy(update={"facts": facts})
+
+
+def test_packs_are_padded_where_attention_is_not_told_where_rows_end(inputs):
+    chats = packed_chats(inputs, 14, PACK_TOKENS)
+    told, not_told = (step_load(chats, params(), 2, by_row) for by_row in (True, False))
+    assert told.end_to_end and told.padded == 1
+    assert not not_told.end_to_end
+    assert not_told.padded == pytest.approx(14 * PACK_TOKENS / told.counts.tokens)
+    assert not_told.row_tokens == PACK_TOKENS > told.row_tokens
+    assert told.batch_tokens == not_told.batch_tokens == 2 * PACK_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("attention", "model_type", "told"),
+    [
+        ("sdpa", "phi3", True),
+        ("sdpa", "llama", False),
+        ("eager", "phi3", False),
+        ("flash_attention_2", "llama", True),
+    ],
+)
+def test_who_is_told_where_rows_end(tmp_path, attention, model_type, told):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert attends_by_row(tmp_path, attention) is told
+
+
+def kept_by(folder, asked, batch):
+    """Bytes that a real forward pass keeps for the backward pass, weights aside."""
+    import torch
+
+    base = load_model(folder / "base", asked.precision, asked.attention, "cpu")
+    if asked.attention == "sdpa":
+        attend_by_row(base)
+    targets = choose_targets(asked.lora, read_skeleton(folder / "base"))
+    model = put_adapter_on(base, asked.lora, targets).train()
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=asked.precision == "bfloat16"),
+    ):
+        output = model.get_base_model().base_model(
+            **{name: value for name, value in batch.items() if name != "labels"}, use_cache=False
+        )
+    assert output
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packs_keep_what_is_planned_whichever_attention(inputs, attention):
+    """Eager attention keeps a number for every two tokens of a pack, of whatever rows."""
+    rows = [list(range(16))] * 32
+    asked = params(attention=attention, batch_size=1)
+    planned = make_plan(
+        packed_chats(inputs, 2, 512), base_of(inputs), asked, "cpu", inputs / "none.json"
+    ).activation_bytes
+    kept = kept_by(inputs, asked, packed(ROW_ATTENTION if attention == "sdpa" else "", rows))
+    assert planned == pytest.approx(kept, rel=0.15)
+
+
+def test_layers_below_the_first_that_learns_keep_nothing(inputs):
+    rows = [list(range(40))] * 12
+    batch = packed(ROW_ATTENTION, rows)
+    all_of_them, last = (kept_by(inputs, params({"layers": layers}), batch) for layers in ("all", "1-1"))
+    assert last < 0.6 * all_of_them
+    planned = [plan(inputs, lora={"layers": layers}).activation_bytes for layers in ("all", "1-1")]
+    assert planned[1] / planned[0] == pytest.approx(last / all_of_them, rel=0.1)
+    # Gradients of what comes before all layers go through all.
+    embeddings = plan(inputs, lora={"layers": "1-1", "modules_to_save": ("embed_tokens",)})
+    assert embeddings.activation_bytes == pytest.approx(planned[0], rel=0.05)
+
+
+def test_a_batch_has_no_more_than_there_is(inputs):
+    """Thirty rows."""
+    many, all_of_them = plan(inputs, batch_size=64), plan(inputs, batch_size=30)
+    assert many.activation_bytes == all_of_them.activation_bytes
+    epochs = plan(inputs, batch_size=8, gradient_accumulation=1, max_steps=None, epochs=3.0)
+    assert epochs.steps == 12
+    assert epochs.seconds * epochs.tokens_per_second == pytest.approx(3 * epochs.tokens)
+
+
+def test_checkpoints_are_not_wanted_where_they_save_nothing(inputs):
+    """Loading what will be rounded to float8 can take more than training."""
+    kept = plan(inputs)
+    short = replace(kept, memory_bytes=kept.peak_bytes)
+    assert short.wants_checkpoints
+    loading = replace(short, loading_bytes=kept.peak_bytes)
+    assert not loading.wants_checkpoints
+    assert not replace(kept, memory_bytes=2 * kept.peak_bytes).wants_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +316,7 @@ def test_a_batch_of_pairs_is_as_long_as_its_longest_conversation(pairs):
     kinds = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [dict(zip(kinds, pair)) for pair in pair_job.random_pairs()]
     draw, collate, computed, tokens = random.Random(0), DataCollatorForPreference(PAD_ID), 0, 0
-    load = step_load(chats_of(pairs), pair_job.params(), at_once=3)
+    load = step_load(chats_of(pairs), pair_job.params(), at_once=3, by_row=True)
     for _ in range(2000):
         batch = [rows[draw.randrange(len(rows))] for _ in range(3)]
         made = collate(batch)
@@ -250,17 +335,44 @@ def test_what_a_process_of_several_takes_is_its_share(inputs):
     """Of four sequences a step, two at a time."""
     alone, ddp, fsdp = plan(inputs), plan(inputs, several=(2, "ddp")), plan(inputs, several=(2, "fsdp"))
     assert [each.memory_bytes for each in (ddp, fsdp)] == [alone.memory_bytes // 2] * 2
-    assert ddp.weight_bytes == alone.weight_bytes
-    # Its half, and one of two layers whole.
-    assert fsdp.weight_bytes == pytest.approx(alone.weight_bytes * (1 / 2 + 1 / 2))
     assert fsdp.adapter_bytes == alone.adapter_bytes // 2
+    # On a CPU each loads the whole base.
+    assert fsdp.loading_bytes == alone.weight_bytes > ddp.loading_bytes == 0
     assert [(each.batch_size, each.step_sequences) for each in (alone, ddp)] == [(2, 4), (2, 4)]
     four = plan(inputs, several=(4, "ddp"))
     assert (four.batch_size, four.step_sequences, four.steps) == (1, 4, alone.steps)
     assert four.activation_bytes == pytest.approx(alone.activation_bytes / 2, rel=0.01)
+    assert four.weight_bytes == ddp.weight_bytes == alone.weight_bytes
+    # Of two layers a quarter of each, and one whole; embedding, head and last norm stay.
+    weights = load_file(inputs / "base" / "model.safetensors")
+    layers = sum(each.nbytes for name, each in weights.items() if ".layers." in name)
+    rest = sum(each.nbytes for name, each in weights.items() if ".layers." not in name)
+    assert plan(inputs, several=(4, "fsdp")).weight_bytes == pytest.approx(layers * (1 / 4 + 1 / 2) + rest)
     assert len({each.speed_key for each in (alone, ddp, fsdp, four)}) == 4
-    with pytest.raises(Refused, match="3 processes"):
-        plan(inputs, several=(3, "ddp"))
+
+
+@pytest.mark.parametrize(
+    ("several", "asked", "said"),
+    [
+        ((3, "ddp"), {}, "3 processes"),
+        ((2, "fsdp"), {"optimizer": "adafactor"}, "train.optimizer adafactor"),
+    ],
+)
+def test_what_several_processes_cannot_train_is_not_planned(inputs, several, asked, said):
+    for make in (make_plan, plan_aside):
+        given = (chats_of(inputs), base_of(inputs), params(**asked), "cpu", inputs / "none.json", *several)
+        with pytest.raises(Refused, match=said):
+            make(*given)
+
+
+def test_a_process_of_its_own_plans_for_several_as_this_one_would(inputs):
+    given = (chats_of(inputs), base_of(inputs), params(), "cpu", inputs / "none.json", 2, "ddp")
+    here, aside = make_plan(*given), plan_aside(*given)
+    measured = {"tokens_per_second": 0.0, "seconds": 0.0, "process_bytes": 0}
+    assert replace(here, **measured) == replace(aside, **measured)
+    empty = make_inputs(inputs / "empty", rows=[])
+    with pytest.raises(Refused, match="no rows"):
+        plan_aside(chats_of(empty), base_of(empty), *given[2:])
 
 
 def test_the_speed_of_an_earlier_run_is_the_next_plan(tmp_path):
@@ -275,8 +387,8 @@ def test_the_speed_of_an_earlier_run_is_the_next_plan(tmp_path):
     again = plan(folder, speeds, seed=5)
     assert again.speed_from == "an earlier run"
     assert again.tokens_per_second == told["outcome"]["tokens_per_second"]
-    # 12 steps of 2 x 2 sequences of one row: these chats do not say that they are packed.
-    assert again.seconds == pytest.approx(12 * 4 * first.tokens / first.rows / again.tokens_per_second)
+    # 12 steps of 2 x 2 rows, for these chats do not say that they are packed; 30 rows are 8 steps, the last of two.
+    assert again.seconds == pytest.approx(12 * first.tokens / 8 / again.tokens_per_second)
     assert plan(folder, speeds, precision="bfloat16").speed_from == "a probe"
 
 
@@ -340,8 +452,8 @@ def test_the_plan_and_what_it_came_to_lie_beside_the_adapter_and_not_in_it(tmp_p
     def too_large(*arguments):
         return replace(plan_of(*arguments), memory_bytes=1)
 
-    plan_of = planner.make_plan
-    monkeypatch.setattr(planner, "make_plan", too_large)
+    plan_of = planning_aside.make_plan
+    monkeypatch.setattr(planning_aside, "make_plan", too_large)
     with pytest.raises(Refused, match="GiB"):
         retrain(("train.seed=9",))
 

@@ -134,6 +134,19 @@ def test_two_processes_learn_what_one_does(alone, tmp_path):
 
 
 @pytest.mark.slow
+@both
+def test_checkpointed_activations_change_nothing(tmp_path, strategy):
+    made = [
+        together(
+            make_inputs(tmp_path / name), asked(max_steps=3, gradient_checkpointing=each), strategy=strategy
+        )
+        for name, each in (("kept", False), ("checkpointed", True))
+    ]
+    assert made[0].sha256 == made[1].sha256
+    assert [each.effective["gradient_checkpointing"] for each in made] == ["False", "True"]
+
+
+@pytest.mark.slow
 def test_two_processes_with_half_the_base_each_learn_what_one_does(alone, tmp_path):
     check_two_learn_what_one_does(alone, tmp_path, "fsdp")
 
