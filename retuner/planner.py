@@ -296,15 +296,11 @@ def _plan(
         passes = layers * layer.forward_seconds + learning * (layer.seconds - layer.forward_seconds)
         if checkpointing:
             passes = layers * (layer.seconds + layer.forward_seconds)
-        if not pairs:
-            return load.padded * passes + supervised * head()
-        # On a CPU TRL makes log-probabilities for every position.
-        return load.padded * passes + (load.padded if device == "cpu" else supervised) * PAIR_HEAD * head()
+        return load.padded * passes + supervised * head() * (PAIR_HEAD if pairs else 1)
 
     def reference_seconds() -> float:
         """Of a pass over all pairs, each beside others of its length."""
-        scored = 1 if device == "cpu" else supervised
-        return counts.tokens * (layers * layer.forward_seconds + scored * REFERENCE_HEAD * head())
+        return counts.tokens * (layers * layer.forward_seconds + supervised * REFERENCE_HEAD * head())
 
     machine, known = machine_name(device), _read_speeds(speeds)
     together = at_once * accumulation * processes

@@ -40,6 +40,26 @@ def test_the_margin_grows_from_nothing(undisturbed):
     assert facts.preference.beta == 0.1 and facts.preference.reference is None
 
 
+def test_log_probabilities_are_made_where_they_count_and_nowhere_else(inputs, monkeypatch):
+    from trl.trainer import utils
+
+    scored, original = [], utils._ChunkedLogProbFunction
+
+    class Counted(original):
+        @staticmethod
+        def forward(ctx, hidden, *rest):
+            scored.append(len(hidden))
+            return original.forward(ctx, hidden, *rest)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Counted)
+    before = utils._use_triton
+    run(inputs, params(max_steps=2, batch_size=24, gradient_accumulation=1))
+    answers = sum(len(chosen) + len(rejected) for _, chosen, rejected in random_pairs())
+    # Of all pairs: for the reference, and in each of the two steps.
+    assert sum(scored) == 3 * answers
+    assert utils._use_triton is before
+
+
 def test_checkpointed_activations_change_nothing(undisturbed, inputs):
     checkpointed = EVERY_STEP.model_copy(update={"gradient_checkpointing": True})
     facts = run(inputs, checkpointed)
