@@ -23,9 +23,9 @@ from retuner.skeleton import skeleton_of
 from retuner.targets import choose_targets
 from retuner.train_params import TrainParams
 
-FEWEST_TRIES, MOST_TRIES, ENOUGH_SECONDS = 5, 40, 3.0
+FEWEST_TRIES, MOST_TRIES, ENOUGH_SECONDS = 5, 20, 3.0
 VOCABULARY = 64
-CACHE_BYTES = 256 * 2**20
+CACHE_BYTES = 128 * 2**20
 """More than the last cache of most processors and of any GPU."""
 
 

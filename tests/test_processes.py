@@ -88,8 +88,12 @@ class Interrupting(Heard):
 
 def ranks(parent=None):
     """Rank to process, of those that the launcher below this process or another has started."""
-    found = psutil.Process(parent).children(recursive=True)
-    return {int(each.environ()["RANK"]): each for each in found if "RANK" in each.environ()}
+    found = {}
+    for each in psutil.Process(parent).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ended just now
+            if "RANK" in (told := each.environ()):
+                found[int(told["RANK"])] = each
+    return found
 
 
 def pid_of(rank):
@@ -234,7 +238,7 @@ def test_sigterm_to_all_processes_of_the_machine_costs_no_step(ends_by_sigterm, 
         def progress(self, what, done, total, note=""):
             super().progress(what, done, total, note)
             if done == 5:
-                below = psutil.Process().children(recursive=True)
+                below = [*ranks().values(), psutil.Process(pid_of(0)).parent()]
                 os.kill(os.getpid(), signal.SIGTERM)
                 for each in below * 2:
                     with suppress(psutil.NoSuchProcess):

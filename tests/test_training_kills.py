@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 from training_job import STEPS, make_inputs, trainings
 
-TRAININGS, MOST_STOPS, MOST_TRIES = 100, 3, 12
+TRAININGS, MOST_STOPS, MOST_TRIES = 100, 3, 40
 
 
 def told(folder):
