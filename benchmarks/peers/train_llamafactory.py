@@ -60,7 +60,7 @@ def main(job: Path) -> None:
         "bf16": asked["bfloat16"],
         "per_device_train_batch_size": batch,
         "learning_rate": asked["learning_rate"],
-        "lr_scheduler_type": "constant",
+        "lr_scheduler_type": "linear",
         "num_train_epochs": 1,
         "optim": asked["optimizer"],
         "logging_steps": 1,

@@ -48,7 +48,7 @@ def main(job: Path) -> None:
             per_device_train_batch_size=asked["batch_size"],
             gradient_checkpointing=False,
             learning_rate=asked["learning_rate"],
-            lr_scheduler_type="constant",
+            lr_scheduler_type="linear",
             num_train_epochs=1,
             optim=asked["optimizer"],
             bf16=asked["bfloat16"],
