@@ -33,6 +33,7 @@ def one_round(folder: Path, base: Path, precision: str, steps: int) -> dict[str,
     work = make_work(folder / "rows", base, 60, 4, longest=256).packed(folder / "packs", PACK_TOKENS)
     params = load(PARAMS, (f"train.max_steps={steps}", f"train.precision={precision}")).train
     plan = make_plan(work.chats, work.base, params, "cpu", folder / "speeds.json")
+    params = params.model_copy(update={"gradient_checkpointing": plan.gradient_checkpointing})
     (folder / "work").mkdir()
     with learned(folder / "work", work.chats, work.base, params, "cpu", Silent()) as result:
         entries = result.log.entries[1:]
