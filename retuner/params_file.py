@@ -30,9 +30,9 @@ def check(data: Any, name: str) -> Params:
         # Through JSON, because strict models take a list for a tuple there and nowhere else.
         return Params.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        lines = [f"  - {_sentence(detail, data)}" for detail in error.errors(include_url=False)]
+        lines = [f"  - {sentence}" for sentence in _sentences(error.errors(include_url=False), data)]
         raise Refused(
-            f"{name} does not describe a run:\n" + "\n".join(dict.fromkeys(lines)),
+            f"{name} does not describe a run:\n" + "\n".join(lines),
             do="mend the lines named above; params/quickstart.yaml shows a complete file",
         ) from None
 
@@ -79,8 +79,17 @@ def _lay_over(data: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _sentence(detail: ErrorDetails, data: Any) -> str:
-    """One line about one thing that is wrong, with the place as the file spells it."""
+def _sentences(details: list[ErrorDetails], data: Any) -> list[str]:
+    """One for each thing that is wrong; where several kinds of value would do, it names them all."""
+    expected: dict[tuple[str, str], list[str]] = {}
+    for detail in details:
+        begin, kind, end = _sentence(detail, data)
+        expected.setdefault((begin, end), []).append(kind)
+    return [begin + " or ".join(dict.fromkeys(kinds)) + end for (begin, end), kinds in expected.items()]
+
+
+def _sentence(detail: ErrorDetails, data: Any) -> tuple[str, str, str]:
+    """About one thing that is wrong, with the place as the file spells it: in the middle what was expected."""
     place, keys = data, []
     # Behind `train` stands the recipe whose settings these are, which no file spells there.
     loc = detail["loc"] if detail["loc"][:1] != ("train",) else ("train", *detail["loc"][2:])
@@ -96,18 +105,18 @@ def _sentence(detail: ErrorDetails, data: Any) -> str:
     found = detail["input"]
     match detail["type"]:
         case "missing":
-            return f"{where}: missing"
+            return f"{where}: missing", "", ""
         case "extra_forbidden":
-            return f"{where}: not a setting{_near(keys[-1], _siblings(keys[:-1], data))}"
+            return f"{where}: not a setting{_near(keys[-1], _siblings(keys[:-1], data))}", "", ""
         case "value_error":
-            return f"{where + ': ' if where else ''}{detail['msg'].removeprefix('Value error, ')}"
+            return f"{where + ': ' if where else ''}{detail['msg'].removeprefix('Value error, ')}", "", ""
         case "union_tag_invalid" | "union_tag_not_found":
             key, tags = (
                 ("recipe", "sft, dpo") if where == "train" else ("source", "smollm2, hub, local, tiny")
             )
-            return f"{where}.{key}: expected one of {tags}"
-    expected = detail["msg"].removeprefix("Input should be ")
-    return f"{where}: expected {expected}, found {found!r}"
+            return f"{where}.{key}: expected one of {tags}", "", ""
+    expected = detail["msg"].removeprefix("Input should be ").replace("String should match", "text of the")
+    return f"{where}: expected ", expected, f", found {found!r}"
 
 
 def _near(word: str, known: Any) -> str:

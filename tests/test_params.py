@@ -48,6 +48,10 @@ def test_everything_wrong_is_said_at_once_with_what_was_found(tmp_path):
         ),
         ("evaluate.metrics=[bleu]", "which evaluate.metrics does not name"),
         ("train.learning_rate=.nan", "train.learning_rate"),
+        (
+            "train.gradient_checkpointing=maybe",
+            "train.gradient_checkpointing: expected a valid boolean or 'auto', found 'maybe'",
+        ),
     ],
 )
 def test_an_override_is_checked_like_the_file(override, said):
