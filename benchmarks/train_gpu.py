@@ -48,7 +48,8 @@ from benchmarks.training_sides import (
     trl_defaults,
     tutorial,
 )
-from retuner.planner import Plan, make_plan
+from retuner.plan import Plan
+from retuner.planner import make_plan
 from retuner.tiny_phi3 import write_json, write_tiny_phi3
 
 GOALS = {"tutorial": 1.8, "TRL, tuned": 1.3, "peer": 1.15}

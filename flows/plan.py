@@ -5,7 +5,8 @@ from pathlib import Path
 
 from retuner.errors import Refused
 from retuner.params_file import load
-from retuner.planner import SPEEDS, Plan
+from retuner.plan import Plan
+from retuner.planner import SPEEDS
 from retuner.planning_aside import plan_aside
 from retuner.runtime import Runtime
 from tasks.context import RunObserver, open_context

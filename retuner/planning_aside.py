@@ -14,7 +14,8 @@ from retuner.artifacts import Base, Chats
 from retuner.errors import RetunerError, from_spelled
 from retuner.feasible import device_of, refuse_what_cannot_be_shared
 from retuner.helper_process import HelperProcess
-from retuner.planner import Plan, make_plan
+from retuner.plan import Plan
+from retuner.planner import make_plan
 from retuner.train_params import DpoParams, SftParams
 
 

@@ -462,7 +462,7 @@ def test_what_the_plan_decides_is_in_the_facts_and_not_in_the_adapter(tmp_path, 
     monkeypatch.chdir(make_project(tmp_path / "project"))
     made = {}
     for name, safe in (("kept", 0.9), ("checkpointed", 0.0)):
-        monkeypatch.setattr(planner, "SAFE", safe)
+        monkeypatch.setattr("retuner.plan.SAFE", safe)
         context = retrain(("train.gradient_checkpointing=auto",), home=tmp_path / name)
         train = next(record.fingerprint for record in context.records if record.name == "train")
         facts = context.store.manifest(train)["facts"]
