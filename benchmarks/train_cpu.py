@@ -13,7 +13,7 @@ the end can be compared; an update sees about as many tokens on both sides of a 
   (`wrapped`); what TRL does today for the same setting is `bfd`. The goal is meant against either.
 
 Each round has a seed of its own, for the adapter's first weights and the order of rows: so short a training ends in a
-loss that a seed moves by as much as the goal is. Tokens are counted without padding, steps without the first. Where the
+loss that a seed moves by more than the goal is. Tokens are counted without padding, steps without the first. Where the
 processor has no bfloat16 of its own all sides compute in float32. All run in one process with the same number of
 threads. The last line is what step metrics cost that are streamed to a real MLflow on SQLite. A round takes 25 to 45
 minutes on two cores, and each ends with a report.

@@ -152,7 +152,8 @@ class Plan:
         """Errors: Refused."""
         if self.peak_bytes <= self.memory_bytes:
             return
-        size, each = self.largest_batch_size, ""
+        size = self.largest_batch_size
+        each = f" for each of {self.processes} processes" if self.processes > 1 else ""
         if self.must_checkpoint:
             do = "set train.gradient_checkpointing: auto"
         elif size:
@@ -162,9 +163,6 @@ class Plan:
             )
         else:
             do = " or ".join(self.savings)
-        if self.processes > 1:
-            each = f" for each of {self.processes} processes"
-            do += "; or let fewer processes train, or with --strategy fsdp, which shares the base out"
         raise Refused(
             f"this training would need {self.peak_bytes / GIB:.1f} GiB{each}",
             f"at most the {self.memory_bytes / GIB:.1f} GiB of {self.machine}{each}",

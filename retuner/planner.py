@@ -186,7 +186,7 @@ def _plan(
             memory_bytes=_memory(device, processes),
             gradient_checkpointing=checkpointing,
             decided=params.gradient_checkpointing == "auto",
-            savings=list(_savings(params)),
+            savings=list(_savings(params, device, processes, strategy)),
             tokens_per_second=speed,
             speed_from=told,
             seconds=learned_tokens / speed,
@@ -208,13 +208,17 @@ def _first_that_learns(model: Any, embedding: str, layers: int) -> int:
     return min((int(found[1]) for name in learn if (found := IN_LAYER.search(name))), default=layers)
 
 
-def _savings(params: SftParams | DpoParams) -> Iterator[str]:
+def _savings(params: SftParams | DpoParams, device: str, processes: int, strategy: str) -> Iterator[str]:
     if params.gradient_checkpointing is False:
         yield "set train.gradient_checkpointing: auto"
     if params.precision != "bfloat16":
         yield "set train.precision: bfloat16"
     if not params.quantization and isinstance(params, SftParams):
         yield "hold the base in 4 bits, with train.quantization"
+    if processes > 1 and strategy == "ddp":
+        yield "share the base out, with --strategy fsdp"
+    if processes > 1 and device == "cpu":
+        yield "let fewer processes train"
     yield "let sequences be shorter, with template.max_tokens and pack_tokens"
 
 

@@ -47,8 +47,8 @@ def plan_aside(
         raise
     finally:
         helper.end()
-    if answer is None:
-        raise RetunerError("the process that plans the training died", "a plan", "run the same command again")
+    if answer is None:  # What ended it ends a plan made here too, and is seen; else there is a plan.
+        return make_plan(chats, base, params, device, speeds, processes, strategy)
     if "error" in answer:
         raise from_spelled(answer["error"])
     return Plan(**answer["plan"])

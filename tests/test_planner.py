@@ -129,10 +129,12 @@ def test_what_cannot_fit_is_refused_with_what_to_change(inputs):
     with pytest.raises(Refused, match="max_tokens") as refusal:
         nothing.refuse_what_cannot_fit()
     assert "precision: bfloat16" in str(refusal.value) and "fsdp" not in str(refusal.value)
-    several = replace(nothing, processes=2)
-    with pytest.raises(Refused, match="for each of 2 processes") as refusal:
-        several.refuse_what_cannot_fit()
-    assert "--strategy fsdp" in refusal.value.do
+    for strategy, advised in (("ddp", True), ("fsdp", False)):
+        several = replace(plan(inputs, several=(2, strategy)), memory_bytes=1)
+        with pytest.raises(Refused, match="for each of 2 processes") as refusal:
+            several.refuse_what_cannot_fit()
+        assert ("--strategy fsdp" in refusal.value.do) is advised
+        assert "fewer processes" in refusal.value.do
 
 
 def test_what_is_set_already_is_not_advised(inputs):
@@ -370,6 +372,9 @@ def test_a_process_of_its_own_plans_for_several_as_this_one_would(inputs):
     here, aside = make_plan(*given), plan_aside(*given)
     measured = {"tokens_per_second": 0.0, "seconds": 0.0, "process_bytes": 0}
     assert replace(here, **measured) == replace(aside, **measured)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning_aside.HelperProcess, "answer", lambda self: self.kill())
+        assert replace(plan_aside(*given), **measured) == replace(here, **measured)
     empty = make_inputs(inputs / "empty", rows=[])
     with pytest.raises(Refused, match="no rows"):
         plan_aside(chats_of(empty), base_of(empty), *given[2:])

@@ -251,6 +251,25 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing(undisturbed, in
     assert run(inputs, params(gradient_checkpointing=True)).sha256 == undisturbed[1].sha256
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"attention": "eager"},
+        {"quantization": {"kind": "float8", "double": False}, "precision": "bfloat16"},
+        {"stop_early": {"every_steps": 4, "patience": 2, "min_improvement": 0.0}},
+    ],
+    ids=["eager", "float8", "stop_early"],
+)
+def test_gradient_checkpointing_changes_nothing_whatever_else_is_asked(tmp_path, asked):
+    folder, asked = make_inputs(tmp_path), {**asked, "max_steps": 6}
+    kept, checkpointed = (
+        run(folder, params(gradient_checkpointing=each, **asked), out=f"out-{each}", work=f"work-{each}")
+        for each in (False, True)
+    )
+    assert kept.sha256 == checkpointed.sha256
+    assert [each.effective["gradient_checkpointing"] for each in (kept, checkpointed)] == ["False", "True"]
+
+
 def test_another_seed_is_another_adapter(undisturbed, inputs):
     assert run(inputs, params(seed=2)).sha256 != undisturbed[1].sha256
 
