@@ -5,6 +5,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from json.encoder import encode_basestring  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 SEGMENT_BYTES = 2**18
 SEGMENT_ROWS = 2**12
-NOTES = struct.Struct("<QQ")
+NOTES = struct.Struct("<QQQ")
 
 
 @dataclass
@@ -75,18 +76,17 @@ class Segment:
     batch: Batch
 
     def packed(self) -> bytes:
-        notes = json.dumps(vars(self.notes)).encode()
-        heads = self.batch.heads.tobytes()
-        return b"".join([NOTES.pack(len(notes), len(heads)), notes, heads, self.batch.bodies])
+        notes, batch = json.dumps(vars(self.notes)).encode(), self.batch
+        heads = batch.heads.tobytes()
+        sizes = NOTES.pack(len(notes), len(heads), len(batch.words))
+        return b"".join([sizes, notes, heads, batch.words, batch.lines])
 
     @classmethod
     def unpacked(cls, data: bytes) -> "Segment":
-        notes, heads = NOTES.unpack_from(data)
-        begin, end = NOTES.size + notes, NOTES.size + notes + heads
-        return cls(
-            Notes(**json.loads(data[NOTES.size : begin])),
-            Batch(np.frombuffer(data[begin:end], HEAD), data[end:]),
-        )
+        ends = np.cumsum([NOTES.size, *NOTES.unpack_from(data)]).tolist()
+        notes, heads, words = (memoryview(data)[begin:end] for begin, end in pairwise(ends))
+        batch = Batch(np.frombuffer(heads, HEAD), bytes(words), data[ends[-1] :])
+        return cls(Notes(**json.loads(bytes(notes))), batch)
 
 
 @dataclass(frozen=True)
@@ -248,14 +248,9 @@ class _Making:
         heads["prompt"], heads["talk"], heads["draw"] = names[:, 6], names[:, 7], names[:, 8]
         heads["words"], heads["line"] = counts, [len(line) for line in self.lines]
         heads["bands"] = sketches(words, counts)
-        spelled = words.astype("<u4").tobytes()
-        ends = (np.cumsum(counts) * 4).tolist()
-        bodies: list[bytes] = []
-        for begin, end, line in zip([0, *ends], ends, self.lines):
-            bodies += [spelled[begin:end], line]
         redactions = dict(sorted(self.redacted.items()))
         notes = Notes(self.rows, self.format, self.bad_rows, redactions, describe(self.said).spelled())
-        return Segment(notes, Batch(heads, b"".join(bodies)))
+        return Segment(notes, Batch(heads, words.astype("<u4").tobytes(), b"".join(self.lines)))
 
 
 def spelled_row(

@@ -5,21 +5,26 @@ assistant say, in small letters and without punctuation; a run that stands in mo
 and does not count.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from retuner.near import Found
+from retuner.near import SHOWN, Found
 from retuner.rows import PARTS, Ordered, Records, parts_at_once
 
 BOILERPLATE = 10
 SHORT, LONG = 8, 13
-GRAM = np.dtype([("hash", "<u8"), ("row", "<u4")])
+RUN = np.dtype([("hash", "<u8"), ("row", "<u4")])
+MATCHED_BYTES = 2**21
+"""Of runs that are matched at once: few enough for the processor's caches."""
+NOBODY = np.iinfo(np.int32).max
 FILTER_BITS = 16
 MOST_FILTER_BITS = 2**28
-_TIMES = np.uint64(0x9E3779B97F4A7C15)
-_STEP, _OTHER = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
+_FACTOR = 0x9E3779B97F4A7C15
+_ONE, _SIX = np.uint64(1), np.uint64(63)
 
 
 def same(rows: Ordered, field: str, usable: Any) -> Found:
@@ -61,101 +66,128 @@ def same(rows: Ordered, field: str, usable: Any) -> Found:
     return found
 
 
-class Runs:
+@dataclass(frozen=True)
+class Sharing:
+    """Of every train row the least held-out row that shares a run of words with it; NOBODY where there is none."""
+
+    least: Any
+
+    def of(self, usable: Any) -> Found:
+        """Those of the rows that are usable."""
+        found = Found((self.least != NOBODY) & usable)
+        first = np.flatnonzero(found.flags)[:SHOWN]
+        found.examples = list(zip(first.tolist(), self.least[first].tolist()))
+        return found
+
+
+def sharing_runs(rows: Ordered, usable: Any, folder: Path) -> dict[int, Sharing]:
+    """By the length of runs, SHORT and LONG. Boilerplate is what stands in too many of the usable train rows."""
+    runs = _Runs(rows, usable, folder)
+    try:
+        return {size: runs.sharing(size) for size in (SHORT, LONG)}
+    finally:
+        runs.close()
+
+
+class _Runs:
     """The runs of words of the held-out side, and those of train that may be among them, on disk by their hashes."""
 
     def __init__(self, rows: Ordered, usable: Any, folder: Path):
-        self.rows, self.usable = rows, usable
-        self.held_out = {size: Records(folder / f"held_out.runs{size}", GRAM) for size in (SHORT, LONG)}
-        self.train = {size: Records(folder / f"train.runs{size}", GRAM) for size in (SHORT, LONG)}
-        words = int(rows.word_counts(np.flatnonzero(rows.sides > 0)).sum())
+        self.count = len(rows)
+        self.held_out = {size: Records(folder / f"held_out.runs{size}", RUN) for size in (SHORT, LONG)}
+        self.train = {size: Records(folder / f"train.runs{size}", RUN) for size in (SHORT, LONG)}
+        words = int(rows.word_counts[rows.sides > 0].sum(dtype=np.int64))
         bits = min(MOST_FILTER_BITS, 1 << max(16, (words * FILTER_BITS).bit_length()))
-        self.shift = np.uint32(32 - bits.bit_length() + 1)
-        self.filter: Any = np.zeros(bits // 8, np.uint8)
-        for is_train, side in ((False, self.held_out), (True, self.train)):
-            for first, words_, counts in rows.all_words():
-                self._add(side, is_train, first, words_, counts)
+        self.shift = np.uint64(64 - (bits // 64).bit_length() + 1)
+        self.filter: Any = np.zeros(bits // 64, np.uint64)
+        for numbers, words_, counts in rows.all_words(rows.sides > 0):
+            self._add(self.held_out, self._let_pass, numbers, words_, counts)
+        for numbers, words_, counts in rows.all_words((rows.sides == 0) & usable):
+            self._add(self.train, self._passes, numbers, words_, counts)
 
-    def found(self, size: int, usable: Any) -> Found:
-        """Train rows that share a run of `size` words with a held-out row."""
-        found = Found(np.zeros(len(self.rows), bool))
+    def sharing(self, size: int) -> Sharing:
+        least: Any = np.full(self.count, NOBODY, np.int32)
         held_out, train = self.held_out[size], self.train[size]
-        several = parts_at_once((held_out.count + train.count) * GRAM.itemsize)
+        several = parts_at_once((held_out.count + train.count) * RUN.itemsize, MATCHED_BYTES)
         for part in range(0, PARTS, several):
             held, runs = held_out.part(part, several), train.part(part, several)
             if not len(held) or not len(runs):
                 continue
-            hashes, first = np.unique(held["hash"], return_index=True)
-            numbers = held["row"][first].astype(np.int64)
-            runs = runs[usable[runs["row"]]]
-            place = np.minimum(np.searchsorted(hashes, runs["hash"]), len(hashes) - 1)
-            shared = hashes[place] == runs["hash"]
+            held = held[np.lexsort((held["row"], held["hash"]))]
+            held = held[np.concatenate([[True], held["hash"][1:] != held["hash"][:-1]])]
+            place = np.minimum(np.searchsorted(held["hash"], runs["hash"]), len(held) - 1)
+            shared = held["hash"][place] == runs["hash"]
             # A run may stand in a row several times.
             pairs = (place[shared] << 32) | runs["row"][shared]
             pairs.sort()  # and not np.unique, which hashes: that takes several times as long
             pairs = pairs[np.diff(pairs, prepend=-1) > 0]
             run, row = pairs >> 32, pairs & (2**32 - 1)
-            rare = (np.bincount(run, minlength=len(hashes)) <= BOILERPLATE)[run]
-            found.add(row[rare], numbers[run[rare]])
-        return found
+            rare = (np.bincount(run, minlength=len(held)) <= BOILERPLATE)[run]
+            np.minimum.at(least, row[rare], held["row"][run[rare]].astype(np.int32))
+        return Sharing(least)
 
     def close(self) -> None:
         for records in (*self.held_out.values(), *self.train.values()):
             records.close()
 
-    def _add(self, side: dict[int, Records], is_train: bool, first: int, words: Any, counts: Any) -> None:
-        last = first + len(counts)
-        wanted = (self.rows.sides[first:last] == 0) == is_train
-        if is_train:
-            wanted &= self.usable[first:last]
+    def _add(
+        self, side: dict[int, Records], chosen: Callable[[Any], Any], rows: Any, words: Any, counts: Any
+    ) -> None:
+        """`chosen` says for hashes of runs of eight which of them to keep."""
+        # Sums of words times powers of an odd number, modulo 2^64: of 2 words, of 4, of 8.
+        sums = [words.astype(np.uint64)]
+        for reach in (1, 2, 4):
+            left, right = sums[-1][:-reach], sums[-1][reach:]
+            sums.append(left * _times(reach) + right)
+        if len(words) < SHORT:
+            return
         ends = np.cumsum(counts)
-        rest = np.repeat(np.where(wanted, ends, 0), counts) - np.arange(len(words))
-        if is_train:
-            at = np.flatnonzero(self._passes(words))
-            at = at[rest[at] >= SHORT]
-        else:
-            at = np.flatnonzero(rest >= SHORT)
-            self._let_pass(words, at)
-        hashes = np.full(len(at), _TIMES)
-        for place in range(LONG):
-            if place == SHORT:
-                self._write(side[SHORT], hashes, at, first, ends)
-                longer = rest[at] >= LONG
-                hashes, at = hashes[longer], at[longer]
-            hashes = (hashes ^ words[at + place]) * _TIMES
-            hashes ^= hashes >> np.uint64(29)
-        self._write(side[LONG], hashes, at, first, ends)
+        short = _mixed(sums[3])
+        whole: Any = np.ones(len(words), bool)
+        at = _behind(ends, SHORT)
+        whole[at] = False
+        at = np.flatnonzero(whole[: len(short)])
+        at = at[chosen(short[at])]
+        row: Any = np.repeat(np.arange(len(counts)), counts)[at]
+        self._write(side[SHORT], short[at], rows[row])
+        longer = at + LONG <= ends[row]
+        at, row = at[longer], row[longer]
+        long = (sums[3][at] * _times(4) + sums[2][at + 8]) * _times(1) + sums[0][at + 12]
+        self._write(side[LONG], _mixed(long), rows[row])
 
-    def _write(self, records: Records, hashes: Any, at: Any, first: int, ends: Any) -> None:
-        runs: Any = np.empty(len(at), GRAM)
-        runs["hash"] = hashes
-        runs["row"] = first + np.searchsorted(ends, at, "right")
+    def _write(self, records: Records, hashes: Any, rows: Any) -> None:
+        runs: Any = np.empty(len(hashes), RUN)
+        runs["hash"], runs["row"] = hashes, rows
         records.add(runs, (hashes >> np.uint64(56)).astype(np.uint8))
 
-    def _keys(self, words: Any) -> tuple[Any, Any]:
-        """Two places in the filter for the run of eight that begins at each word (Bloom, 1970), but the last seven."""
-        made = words.copy()
-        for reach in (1, 2, 4):  # 2, 4, then 8 words
-            times = np.uint32(pow(int(_STEP), reach, 2**32))
-            made = made[:-reach] * times + made[reach:] if len(made) > reach else made[:0]
-        made ^= made >> np.uint32(15)
-        return (made * _STEP) >> self.shift, (made * _OTHER) >> self.shift
+    # A Bloom filter (Bloom, 1970) whose two bits are in one word (Putze, Sanders and Singler, 2007).
 
-    def _let_pass(self, words: Any, at: Any) -> None:
-        for keys in self._keys(words):
-            keys = keys[at]
-            np.bitwise_or.at(
-                self.filter, keys >> np.uint32(3), np.uint8(1) << (keys & np.uint32(7)).astype(np.uint8)
-            )
+    def _bits(self, hashes: Any) -> tuple[Any, Any]:
+        """The word of each hash, and which two bits of it."""
+        low, high = hashes & _SIX, (hashes >> np.uint64(6)) & _SIX
+        return hashes >> self.shift, (_ONE << low) | (_ONE << high)
 
-    def _passes(self, words: Any) -> Any:
-        one, other = self._keys(words)
-        passes = self._is_set(one)
-        at = np.flatnonzero(passes)
-        passes[at] = self._is_set(other[at])
-        return passes
+    def _let_pass(self, hashes: Any) -> Any:
+        words, bits = self._bits(hashes)
+        np.bitwise_or.at(self.filter, words, bits)
+        return np.ones(len(hashes), bool)
 
-    def _is_set(self, keys: Any) -> Any:
-        return (self.filter[keys >> np.uint32(3)] >> (keys & np.uint32(7)).astype(np.uint8)) & np.uint8(
-            1
-        ) == 1
+    def _passes(self, hashes: Any) -> Any:
+        words, bits = self._bits(hashes)
+        return self.filter[words] & bits == bits
+
+
+def _times(words: int) -> Any:
+    """What a sum is multiplied by when so many words follow it."""
+    return np.uint64(pow(_FACTOR, words, 2**64))
+
+
+def _mixed(sums: Any) -> Any:
+    mixed = (sums ^ (sums >> np.uint64(32))) * np.uint64(_FACTOR)
+    return mixed ^ (mixed >> np.uint64(29))
+
+
+def _behind(ends: Any, size: int) -> Any:
+    """The places from which fewer than `size` words are left of a row, by where rows end."""
+    places = ends[:, None] - np.arange(1, size)
+    return places[places >= 0]

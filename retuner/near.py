@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from retuner.rows import BANDS, Ordered
+from retuner.rows import BANDS, Ordered, portions
 from retuner.sketch import BINS, resemblances
 
 SLICE_ROWS = 2**18
@@ -144,7 +144,8 @@ def _alike(
     agree = (as_bytes[one] == as_bytes[other]).mean(1) * (256 / 255) - 1 / 255
     likely = agree > similarity - 2 * 1.35 * 0.5 / BINS**0.5
     left, right = left[likely], right[likely]
-    found = [_resemblances(rows, left[some], right[some]) for some in _portions_by_words(rows, left, right)]
+    words = rows.word_counts[left] + rows.word_counts[right]
+    found = [_resemblances(rows, left[some], right[some]) for some in portions(words, PORTION_WORDS)]
     alike = np.concatenate([*found, np.zeros(0)]) >= similarity
     return left[alike], right[alike]
 
@@ -156,16 +157,6 @@ def _resemblances(rows: Ordered, left: Any, right: Any) -> Any:
 
 def _portions(count: int) -> Iterator[slice]:
     return (slice(first, first + PORTION) for first in range(0, count, PORTION))
-
-
-def _portions_by_words(rows: Ordered, left: Any, right: Any) -> Iterator[slice]:
-    words = np.cumsum(rows.word_counts(left) + rows.word_counts(right) + 1)
-    first = 0
-    while first < len(left):
-        done = words[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(words, done + PORTION_WORDS)))
-        yield slice(first, last)
-        first = last
 
 
 def _roots(parents: Any, rows: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Rows in their final order, without duplicates, each on its side."""
+"""Rows in their final order, without duplicates, each on its side; and the lines of those that are kept."""
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from retuner.naming import is_held_out, limit_of
-from retuner.rows import Batch, Ordered, Parted
+from retuner.rows import CHUNK_LINE_BYTES, Ordered, Parted, portions
 
 HeldOut = Callable[[Any], Any]
 """For heads, one a group, a bool each."""
@@ -22,41 +22,27 @@ class Duplicates:
     """The same but for case and white space."""
 
 
-def order(parted: Parted, rows: Ordered, out: Path, held_out: HeldOut) -> Duplicates:
-    """Writes train.jsonl and held_out.jsonl by group, then id. Of duplicates the one with the least id stays.
+def order(parted: Parted, rows: Ordered, held_out: HeldOut) -> Duplicates:
+    """By group, then id. Of duplicates the one with the least id stays.
 
     Duplicates share a group, so they meet in their part, and no order of reading matters.
     """
-    dropped, written = Duplicates(), [0, 0]
-    with (out / "train.jsonl").open("wb") as train, (out / "held_out.jsonl").open("wb") as other:
-        for batch in parted.parts():
-            batch = _without_duplicates(batch, dropped)
-            sides = _sides(batch, held_out)
-            for side, file in enumerate((train, other)):
-                mine = sides == side
-                lengths = batch.heads["line"][mine].astype(np.int64)
-                batch.heads["place"][mine] = written[side] + np.cumsum(lengths) - lengths
-                written[side] += file.write(batch.lines(mine))
-            rows.add(batch, sides)
+    dropped = Duplicates()
+    for heads in parted.parts():
+        heads = _without_duplicates(heads, dropped)
+        rows.add(heads, _sides(heads, held_out))
     return dropped
 
 
-def drop(path: Path, rows: Ordered, removed: Any) -> None:
-    """Write train.jsonl anew, without the rows that are flagged."""
-    draft = path.with_name(f".{path.name}")
-    with path.open("rb") as source, draft.open("wb") as target:
+def write_lines(rows: Ordered, removed: Any, out: Path) -> None:
+    """train.jsonl, without the rows that are flagged, and held_out.jsonl."""
+    with (out / "train.jsonl").open("wb") as train, (out / "held_out.jsonl").open("wb") as held_out:
         for first, heads in rows.heads():
             last = first + len(heads)
-            train = rows.sides[first:last] == 0
-            heads, gone = heads[train], removed[first:last][train]
-            if not len(heads):
-                continue
-            data = source.read(int(heads["line"].sum(dtype=np.int64)))
-            ends = np.cumsum(heads["line"], dtype=np.int64)
-            for begin, end, away in zip([0, *ends.tolist()], ends.tolist(), gone.tolist()):
-                if not away:
-                    target.write(memoryview(data)[begin:end])
-    draft.replace(path)
+            for side, file in enumerate((train, held_out)):
+                mine = heads[(rows.sides[first:last] == side) & ~removed[first:last]]
+                for some in portions(mine["line"], CHUNK_LINE_BYTES):
+                    file.write(rows.bodies.lines(mine[some]))
 
 
 def groups(rows: Ordered, which: Any) -> int:
@@ -73,8 +59,7 @@ def groups(rows: Ordered, which: Any) -> int:
     return count
 
 
-def _without_duplicates(batch: Batch, dropped: Duplicates) -> Batch:
-    heads = batch.heads
+def _without_duplicates(heads: Any, dropped: Duplicates) -> Any:
     group, id, key = heads["group"], heads["id"], heads["key"]
     by_key = np.lexsort((id[:, 1], id[:, 0], key[:, 1], key[:, 0], group[:, 1], group[:, 0]))
     again = (key[by_key][1:] == key[by_key][:-1]).all(1)
@@ -83,14 +68,14 @@ def _without_duplicates(batch: Batch, dropped: Duplicates) -> Batch:
     dropped.folded += int(again.sum() - same.sum())
     kept = by_key[np.concatenate([[True], ~again])]
     group, id = group[kept], id[kept]
-    return batch.take(kept[np.lexsort((id[:, 1], id[:, 0], group[:, 1], group[:, 0]))])
+    return heads[kept[np.lexsort((id[:, 1], id[:, 0], group[:, 1], group[:, 0]))]]
 
 
-def _sides(batch: Batch, held_out: HeldOut) -> Any:
+def _sides(heads: Any, held_out: HeldOut) -> Any:
     """1 for the rows that are held out, else 0."""
-    group = batch.heads["group"]
+    group = heads["group"]
     begins = np.flatnonzero(np.concatenate([[True], (group[1:] != group[:-1]).any(1)]))
-    sides = held_out(batch.heads[begins])
+    sides = held_out(heads[begins])
     return np.repeat(sides.astype(np.uint16), np.diff(begins, append=len(group)))
 
 

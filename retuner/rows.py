@@ -1,6 +1,7 @@
 """Rows on their way through `prepare`, moved in bulk and by way of the disk, so that memory does not grow with them.
 
-A row is a head of fixed size and a body: its words as 32-bit hashes, then its line of train.jsonl or held_out.jsonl.
+A row is a head of fixed size, its words as 32-bit hashes, and its line of train.jsonl or held_out.jsonl. Words and
+lines stay where they were put when they came; heads are what is ordered.
 """
 
 import os
@@ -20,60 +21,49 @@ HEAD = np.dtype(
         ("draw", "<u8"),  # the first half of what the group drew, see retuner.naming
         ("prompt", "<u8"),  # of all before the first answer but for case, white space and the system's text
         ("talk", "<u8"),  # of the conversation likewise
-        ("words", "<u4"),
+        ("words", "<u4"),  # how many
         ("line", "<u4"),  # bytes of the line, its newline included
-        ("place", "<u8"),  # where the line begins in the file of its side
+        ("words_at", "<u8"),  # where they begin in `Bodies`
+        ("line_at", "<u8"),
         ("bands", "<u4", (BANDS,)),  # the MinHash sketch, see retuner.sketch
     ]
 )
 LEAN = np.dtype(HEAD.descr[:-1])
 """A head without its sketch."""
+WORD_BYTES = 4
 PARTS = 256
 RUN_BYTES = 16 * 2**20
 """Of what is sorted in memory at once."""
 CHUNK_ROWS = 2**15
 CHUNK_WORDS = 2**18
+CHUNK_LINE_BYTES = 2**23
 PAGE_ROWS = 2**13
-GAP_BYTES = 2**13
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
+    """Some rows; the words and the lines of all, one after the other."""
+
     heads: Any
-    bodies: bytes
-    """Of all rows, one after the other."""
-
-    def take(self, order: Any) -> "Batch":
-        """The rows that `order` numbers, in that order."""
-        sizes = body_sizes(self.heads)
-        ends = np.cumsum(sizes)
-        return Batch(self.heads[order], _joined(self.bodies, (ends - sizes)[order], ends[order]))
-
-    def lines(self, which: Any) -> bytes:
-        """The lines of the rows for which `which` is true."""
-        ends = np.cumsum(body_sizes(self.heads))
-        return _joined(self.bodies, (ends - self.heads["line"])[which], ends[which])
+    words: bytes
+    lines: bytes
 
 
-def body_sizes(heads: Any) -> Any:
-    return heads["words"].astype(np.int64) * 4 + heads["line"]
+def portions(sizes: Any, most: int) -> Iterator[slice]:
+    """Things that follow one another, in runs of at most so much, or of one."""
+    ends = np.cumsum(sizes, dtype=np.int64)
+    first = 0
+    while first < len(ends):
+        done = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, done + most, "right")))
+        yield slice(first, last)
+        first = last
 
 
-def _joined(data: bytes, begins: Any, ends: Any) -> bytes:
-    view = memoryview(data)
-    return b"".join([view[begin:end] for begin, end in zip(begins.tolist(), ends.tolist())])
-
-
-def concatenated(batches: list[Batch]) -> Batch:
-    # Through bytes: numpy takes long to put records together.
-    heads = np.frombuffer(b"".join([batch.heads.tobytes() for batch in batches]), HEAD)
-    return Batch(heads, b"".join([batch.bodies for batch in batches]))
-
-
-def parts_at_once(size: int) -> int:
+def parts_at_once(size: int, most: int = RUN_BYTES) -> int:
     """How many parts, a power of two, may be in memory together when all have `size` bytes."""
     several = PARTS
-    while several > 1 and size * several > RUN_BYTES * PARTS:
+    while several > 1 and size * several > most * PARTS:
         several //= 2
     return several
 
@@ -110,97 +100,118 @@ class Records:
         self.file.close()
 
 
+class Bodies:
+    """Words and lines, as they came."""
+
+    def __init__(self, folder: Path):
+        self.words_file = (folder / "bodies.words").open("w+b")
+        self.lines_file = (folder / "bodies.lines").open("w+b")
+        self.words_written = self.bytes_written = 0
+
+    def add(self, batch: Batch) -> Any:
+        """The heads, with the places of their words and lines."""
+        heads = batch.heads.copy()
+        for size, place, written in (
+            ("words", "words_at", self.words_written),
+            ("line", "line_at", self.bytes_written),
+        ):
+            heads[place] = written + np.cumsum(heads[size], dtype=np.int64) - heads[size]
+        self.words_written += self.words_file.write(batch.words) // WORD_BYTES
+        self.bytes_written += self.lines_file.write(batch.lines)
+        return heads
+
+    def finish(self) -> None:
+        """After the last row: from now on rows are read."""
+        self.words_file.flush()
+        self.lines_file.flush()
+
+    def words(self, begins: Any, counts: Any) -> Any:
+        """Those that begin at each of some places, one after the other."""
+        begins = begins * WORD_BYTES
+        return np.frombuffer(_gathered(self.words_file, begins, begins + counts * WORD_BYTES), "<u4")
+
+    def lines(self, heads: Any) -> bytes:
+        """The lines of some rows, one after the other."""
+        begins = heads["line_at"].astype(np.int64)
+        return _gathered(self.lines_file, begins, begins + heads["line"])
+
+    def close(self) -> None:
+        self.words_file.close()
+        self.lines_file.close()
+
+
 class Parted:
-    """Batches in any order on their way to an order by group: the first byte of the group is the part."""
+    """Heads in any order on their way to an order by group: the first byte of the group is the part."""
 
     def __init__(self, folder: Path):
         self.heads = Records(folder / "parted.heads", HEAD)
-        self.bodies = (folder / "parted.bodies").open("w+b")
-        self.waiting: list[Batch] = []
+        self.waiting: list[bytes] = []
         self.bytes = 0
-        self.written = 0
 
-    def add(self, batch: Batch) -> None:
-        self.waiting.append(batch)
-        self.bytes += batch.heads.nbytes + len(batch.bodies)
+    def add(self, heads: Any) -> None:
+        self.waiting.append(heads.tobytes())
+        self.bytes += heads.nbytes
         if self.bytes >= RUN_BYTES:
             self._write()
 
-    def parts(self) -> Iterator[Batch]:
-        """All rows of a part at once, the parts in order; of few rows those of several parts."""
+    def parts(self) -> Iterator[Any]:
+        """All heads of a part at once, the parts in order; of few rows those of several parts."""
         if self.waiting:
             self._write()
-        several = parts_at_once(self.heads.count * HEAD.itemsize + self.written)
+        several = parts_at_once(self.heads.count * HEAD.itemsize)
         for part in range(0, PARTS, several):
             heads = self.heads.part(part, several)
             if len(heads):
-                yield Batch(heads, self._bodies(heads))
+                yield heads
 
     def close(self) -> None:
         self.heads.close()
-        self.bodies.close()
 
     def _write(self) -> None:
-        batch = concatenated(self.waiting)
+        # Through bytes: numpy takes long to put records together.
+        heads = np.frombuffer(b"".join(self.waiting), HEAD)
         self.waiting, self.bytes = [], 0
-        parts = (batch.heads["group"][:, 0] >> np.uint64(56)).astype(np.uint8)
-        batch = batch.take(np.argsort(parts, kind="stable"))
-        sizes = body_sizes(batch.heads)
-        # The bodies lie in the order of the heads, so those of a part are one stretch of the file.
-        batch.heads["place"] = self.written + np.cumsum(sizes) - sizes
-        self.heads.add(batch.heads, np.sort(parts))
-        self.bodies.write(batch.bodies)
-        self.bodies.flush()
-        self.written += len(batch.bodies)
-
-    def _bodies(self, heads: Any) -> bytes:
-        """The bodies of the heads of a part: one stretch of the file for each run."""
-        sizes = body_sizes(heads)
-        ends = heads["place"].astype(np.int64) + sizes
-        begins = np.flatnonzero(np.concatenate([[True], heads["place"][1:] != ends[:-1]]))
-        lasts: Any = np.append(begins[1:], len(heads)) - 1
-        spans = zip(heads["place"][begins].tolist(), ends[lasts].tolist())
-        return b"".join([_read(self.bodies, begin, end - begin) for begin, end in spans])
+        self.heads.add(heads, (heads["group"][:, 0] >> np.uint64(56)).astype(np.uint8))
 
 
 class Ordered:
-    """Rows in their final order, numbered from 0: heads, sketches and words on disk, in memory 10 bytes a row.
+    """Rows in their final order, numbered from 0: heads and sketches on disk, in memory 14 bytes a row.
 
     `sides` says for each row where it belongs: 0 is train, 1 held-out, more are held-out sets of earlier versions.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, bodies: Bodies):
+        self.bodies = bodies
         self.heads_file = (folder / "ordered.heads").open("w+b")
-        self.words_file = (folder / "ordered.words").open("w+b")
         self.sketches_file = (folder / "ordered.sketches").open("w+b")
         self.bands_files = [(folder / f"ordered.band{band}").open("w+b", 2**16) for band in range(BANDS)]
         # Small arrays that outlive large ones would keep what the large ones had from being given back.
         self.sides_file = (folder / "ordered.sides").open("w+b")
+        self.words_file = (folder / "ordered.words").open("w+b")
         self.counts_file = (folder / "ordered.counts").open("w+b")
         self.sides: Any = None
-        self.word_ends: Any = None
+        self.words_at: Any = None
+        self.word_counts: Any = None
+        """How many words each row has."""
 
-    def add(self, batch: Batch, sides: Any) -> None:
-        """The words are kept; the lines are not."""
-        heads = batch.heads
+    def add(self, heads: Any, sides: Any) -> None:
         lean = heads.view(np.uint8).reshape(len(heads), HEAD.itemsize)[:, : LEAN.itemsize]
         self.heads_file.write(lean.tobytes())
         self.sketches_file.write(heads["bands"].tobytes())
         for band, file in enumerate(self.bands_files):
             file.write(np.ascontiguousarray(heads["bands"][:, band]).tobytes())
-        ends = np.cumsum(body_sizes(heads)) - heads["line"]
-        begins = ends - heads["words"].astype(np.int64) * 4
-        self.words_file.write(_joined(batch.bodies, begins, ends))
         self.sides_file.write(sides.astype("<u2").tobytes())
+        self.words_file.write(heads["words_at"].tobytes())
         self.counts_file.write(heads["words"].tobytes())
 
     def finish(self) -> None:
         """After the last row: from now on rows are read."""
         for file in self._files:
             file.flush()
+        self.bodies.finish()
         self.sides = np.fromfile(self.sides_file.name, "<u2")
-        self.word_ends = np.cumsum(np.fromfile(self.counts_file.name, "<u4"), dtype=np.int64)
+        self.words_at = np.fromfile(self.words_file.name, "<i8")
+        self.word_counts = np.fromfile(self.counts_file.name, "<u4")
 
     def __len__(self) -> int:
         return len(self.sides)
@@ -236,27 +247,18 @@ class Ordered:
                 pieces.append(np.frombuffer(found, "<u4").reshape(len(wanted), BANDS))
         return np.concatenate([*pieces, np.zeros((0, BANDS), "<u4")])
 
-    def word_counts(self, rows: Any) -> Any:
-        return self.word_ends[rows] - self._word_begins(rows)
-
     def words(self, rows: Any) -> tuple[Any, Any]:
-        """The words of the rows that are numbered, in ascending order, and how many each has."""
-        begins, ends = self._word_begins(rows), self.word_ends[rows]
-        return np.frombuffer(_gathered(self.words_file, begins * 4, ends * 4), "<u4"), ends - begins
+        """The words of the rows that are numbered, and how many each has."""
+        counts = self.word_counts[rows].astype(np.int64)
+        return self.bodies.words(self.words_at[rows], counts), counts
 
-    def all_words(self) -> Iterator[tuple[int, Any, Any]]:
-        """Stretches of rows: the number of the first, their words, and how many each has."""
-        row = 0
-        while row < len(self):
-            begin = int(self.word_ends[row - 1]) if row else 0
-            last = max(row + 1, int(np.searchsorted(self.word_ends, begin + CHUNK_WORDS, "right")))
-            ends = self.word_ends[row:last]
-            words = _records(self.words_file, begin, int(ends[-1]) - begin, 4)
-            yield row, np.frombuffer(words, "<u4"), np.diff(ends, prepend=begin)
-            row = last
-
-    def _word_begins(self, rows: Any) -> Any:
-        return np.where(rows > 0, self.word_ends[np.maximum(rows, 1) - 1], 0)
+    def all_words(self, which: Any) -> Iterator[tuple[Any, Any, Any]]:
+        """Of the rows for which `which` is true some at a time, in no order that means anything: their numbers, their
+        words, and how many each has."""
+        numbers = np.flatnonzero(which)
+        numbers = numbers[np.argsort(self.words_at[numbers])]  # as they lie on disk
+        for some in portions(self.word_counts[numbers], CHUNK_WORDS):
+            yield numbers[some], *self.words(numbers[some])
 
     def close(self) -> None:
         for file in self._files:
@@ -264,22 +266,24 @@ class Ordered:
 
     @property
     def _files(self) -> list[BinaryIO]:
-        several = (self.heads_file, self.words_file, self.sketches_file, self.sides_file, self.counts_file)
+        several = (
+            self.heads_file,
+            self.sketches_file,
+            self.sides_file,
+            self.words_file,
+            self.counts_file,
+        )
         return [*several, *self.bands_files]
 
 
 def _gathered(file: BinaryIO, begins: Any, ends: Any) -> bytes:
-    """The stretches of a file, in ascending order, one after the other. What lies close together is read at once."""
+    """The stretches of a file one after the other. Those that adjoin are read at once."""
     if not len(begins):
         return b""
-    first = np.concatenate([[0], np.flatnonzero(begins[1:] - ends[:-1] > GAP_BYTES) + 1])
-    spans: Any = zip(first.tolist(), np.append(first[1:], len(begins)).tolist())
-    pieces = []
-    for low, high in spans:
-        at = int(begins[low])
-        data = _read(file, at, int(ends[high - 1]) - at)
-        pieces.append(data if high - low == 1 else _joined(data, begins[low:high] - at, ends[low:high] - at))
-    return b"".join(pieces)
+    breaks: Any = np.flatnonzero(begins[1:] != ends[:-1]) + 1
+    starts, stops = begins[np.append(0, breaks)].tolist(), ends[np.append(breaks, len(begins)) - 1].tolist()
+    number = file.fileno()
+    return b"".join([os.pread(number, stop - start, start) for start, stop in zip(starts, stops)])
 
 
 def _bounds(rows: Any, first: int, count: int) -> tuple[int, int]:

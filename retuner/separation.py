@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from retuner.errors import Refused
-from retuner.leaks import LONG, SHORT, Runs, same
+from retuner.leaks import LONG, SHORT, same, sharing_runs
 from retuner.near import SHOWN, Found, find_near
 from retuner.params import PrepareParams
 from retuner.redaction import redacted
@@ -42,10 +41,8 @@ class Separation:
         return counts | {"near_duplicate": self.near["removed"]}
 
 
-def separate(
-    rows: Ordered, folder: Path, params: PrepareParams, sides: Sequence[tuple[str, Path]]
-) -> Separation:
-    """`sides` are the names and the files of train, held-out and the held-out sets of earlier versions.
+def separate(rows: Ordered, folder: Path, params: PrepareParams, sides: Sequence[str]) -> Separation:
+    """`sides` are the names of train, held-out and the held-out sets of earlier versions.
 
     Errors: Refused when there are leaks of a kind that params refuse.
     """
@@ -55,12 +52,11 @@ def separate(
         _deal_with(made, kind, same(rows, field_, ~made.removed), params, shown)
     similarity = params.near_duplicates.similarity
     with ThreadPoolExecutor(1) as beside:
-        runs_made = beside.submit(Runs, rows, ~made.removed, folder)
+        sharing = beside.submit(sharing_runs, rows, ~made.removed, folder)
         near = find_near(rows, similarity, ~made.removed) if similarity else None
-        with closing(runs_made.result()) as runs:
-            _deal_with(made, "near", near.leaks if near else Found(np.zeros(len(rows), bool)), params, shown)
-            for kind, size in (("ngram_13", LONG), ("ngram_8", SHORT)):
-                _deal_with(made, kind, runs.found(size, ~made.removed), params, shown)
+        _deal_with(made, "near", near.leaks if near else Found(np.zeros(len(rows), bool)), params, shown)
+        for kind, size in (("ngram_13", LONG), ("ngram_8", SHORT)):
+            _deal_with(made, kind, sharing.result()[size].of(~made.removed), params, shown)
     _deal_with_clusters(made, rows, near.clusters if near else None, params, shown)
     if made.refusals:
         raise Refused(
@@ -76,7 +72,7 @@ class _Shown:
     """Rows as people see them."""
 
     rows: Ordered
-    sides: Sequence[tuple[str, Path]]
+    sides: Sequence[str]
     redact: Sequence[str]
     """An earlier held-out set may have been stored with less redacted."""
 
@@ -86,10 +82,8 @@ class _Shown:
 
     def start(self, row: int) -> str:
         """How what the user says in a row begins."""
-        head = self.rows.head(row)
-        with self.sides[self.rows.sides[row]][1].open("rb") as file:
-            file.seek(int(head["place"]))
-            turns = json.loads(file.read(int(head["line"])))["messages"]
+        _, head = next(self.rows.heads(row, row + 1))
+        turns = json.loads(self.rows.bodies.lines(head))["messages"]
         asked = next(turn for turn in turns if turn["role"] == "user")
         said = redacted([asked], self.redact)[0][0]["content"]
         return " ".join(said.split())[:SHOWN_CHARACTERS]
@@ -100,7 +94,7 @@ class _Shown:
             "held_out": self.id(held_out),
             "start": self.start(train),
             "held_out_start": self.start(held_out),
-            "against": self.sides[self.rows.sides[held_out]][0],
+            "against": self.sides[self.rows.sides[held_out]],
         }
 
 

@@ -6,7 +6,7 @@ order can move it: the held-out side stays held out as data grows. What is remov
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from retuner.held_out import EarlierSet, FrozenSet
     from retuner.intake import Counts, Reading
     from retuner.memo import Memo
-    from retuner.rows import Ordered, Parted
+    from retuner.rows import Bodies, Ordered, Parted
     from retuner.separation import Separation
 
 SHOWN_ROWS = 5
@@ -50,33 +50,32 @@ def prepare(
     """
     # A cached run imports this module too, and should not pay for numpy.
     from retuner.intake import Counts, Reading
-    from retuner.ordering import by_draw, by_name, drop, groups, order
-    from retuner.rows import Ordered, Parted
+    from retuner.ordering import by_draw, by_name, groups, order, write_lines
+    from retuner.rows import Bodies, Ordered, Parted
     from retuner.separation import separate
 
     files = matching(dataset, params.files)
     counts = Counts(max(params.max_bad_rows, SHOWN_ROWS))
-    parted, rows = Parted(work), Ordered(work)
+    bodies, parted = Bodies(work), Parted(work)
+    rows = Ordered(work, bodies)
     try:
         reading = Reading(params.format, params.columns, params.redact, memo, params.split_salt)
-        _read(files, reading, counts, parted, observer)
+        _read(files, reading, counts, bodies, parted, observer)
         if counts.rejected.total() > params.max_bad_rows:
             raise _too_many_bad_rows(counts, params.max_bad_rows)
 
         chosen = by_name(frozen.groups) if frozen else by_draw(params.split_salt, params.held_out_fraction)
-        duplicates = order(parted, rows, out, chosen)
+        duplicates = order(parted, rows, chosen)
         _add_earlier(rows, earlier, reading)
         rows.finish()
         train, held = rows.sides == 0, rows.sides == 1
         if not train.any() or not held.any():
             raise _empty_side(int((train | held).sum()), groups(rows, train), groups(rows, held), params)
-        sides = [("train", out / "train.jsonl"), ("held-out", out / "held_out.jsonl")]
-        apart = separate(rows, work, params, [*sides, *((each.name, each.path) for each in earlier)])
-        if apart.removed.any():
-            drop(out / "train.jsonl", rows, apart.removed)
+        apart = separate(rows, work, params, ["train", "held-out", *(each.name for each in earlier)])
         kept = train & ~apart.removed
         if not kept.any():
             raise _nothing_left(int(train.sum()), apart.removals())
+        write_lines(rows, apart.removed, out)
         facts = SplitsFacts(
             formats=counts.formats,
             rows_read=counts.rows_by_file.total(),
@@ -94,6 +93,7 @@ def prepare(
         if memo:
             memo.prune()
     finally:
+        bodies.close()
         parted.close()
         rows.close()
     (out / "aside").mkdir()
@@ -177,7 +177,12 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
 
 
 def _read(
-    files: list[DataFile], reading: "Reading", counts: "Counts", parted: "Parted", observer: Observer
+    files: list[DataFile],
+    reading: "Reading",
+    counts: "Counts",
+    bodies: "Bodies",
+    parted: "Parted",
+    observer: Observer,
 ) -> None:
     """Errors: Refused, naming every file that is of another kind."""
     from retuner.reading_ahead import ReadingAhead
@@ -189,7 +194,7 @@ def _read(
             try:
                 for line, segment in reading.segments(file, ahead):
                     counts.add(file.relpath, line, segment.notes)
-                    parted.add(segment.batch)
+                    parted.add(bodies.add(segment.batch))
             except Refused as refusal:
                 refusals.append(refusal)
             else:
@@ -214,12 +219,9 @@ def _add_earlier(rows: "Ordered", earlier: Sequence["EarlierSet"], reading: "Rea
                 held_out.digest,
                 "run the same command again: the damaged copy is set aside",
             )
-        read = 0
         for segment in reading.stored(held_out.path, held_out.digest):
-            heads = segment.batch.heads.copy()
-            heads["place"] = read + np.cumsum(heads["line"], dtype=np.int64) - heads["line"]
-            read += int(heads["line"].sum(dtype=np.int64))
-            rows.add(replace(segment.batch, heads=heads), np.full(len(heads), side))
+            heads = rows.bodies.add(segment.batch)
+            rows.add(heads, np.full(len(heads), side))
 
 
 def _too_many_bad_rows(counts: "Counts", max_bad_rows: int) -> Refused:
