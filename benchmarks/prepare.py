@@ -277,9 +277,10 @@ def minhash(data: Path, rows: int = 5000) -> None:
     from retuner.naming import folded
     from retuner.sketch import sketches, word_hashes, words_in
 
-    some = [" ".join([message["content"] for message in messages]) for messages in chats(data, 0, rows)]
+    some = [[message["content"] for message in messages] for messages in chats(data, 0, rows)]
     began = time.perf_counter()
-    sketches(*word_hashes([words_in(folded(said)) for said in some]))
+    words = words_in(folded([text for said in some for text in said]))
+    sketches(*word_hashes(words, list(map(len, some))))
     print(f"MinHash: {rows / (time.perf_counter() - began):,.0f} rows/s on one core (goal 5,000)")
 
 

@@ -4,11 +4,12 @@
 lines by group, then id.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic_core import from_json
 
 from retuner.errors import RetunerError
 
@@ -84,8 +85,8 @@ def read_runs(path: Path, runs: Iterable[tuple[int, int]]) -> list[Chat]:
     chats = []
     with path.open("rb") as file:
         for start, end in runs:
-            text = os.pread(file.fileno(), end - start, start).decode("utf-8")
-            chats += [json.loads(line) for line in text.split("\n") if line]
+            lines = os.pread(file.fileno(), end - start, start).split(b"\n")
+            chats += [from_json(line) for line in lines if line]
     return chats
 
 

@@ -1,7 +1,6 @@
 """What conversations are like, counted: roles, turns, lengths, scripts. Cheap, exact where it can be, and mergeable,
 so that a description of appended data costs only the new rows."""
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ BIN_BITS = 6
 ROLES = ("system", "user", "assistant", "rejected")
 """In the order in which people are told of them; `rejected` is the other answer of a preference pair."""
 _NOT_LETTERS = bytes(set(range(256)) - set(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"))
-_ASCII = re.compile(r"[\x00-\x7f]+")
+_ASCII = bytes(range(128))
 # The word by which Unicode's names begin, where that is not the script's own name.
 _SCRIPT_OF_WORD = {
     "Cjk": "Han",
@@ -185,12 +184,13 @@ def describe(conversations: Iterable[Sequence[Mapping[str, str]]]) -> Descriptio
 def letters_by_script(text: str) -> dict[str, int]:
     """`{"Latin": 12, "Han": 3}` for a text; scripts without a letter in it are not named."""
     found: dict[str, int] = {}
-    if latin := len(text.encode("utf-8", "replace").translate(None, _NOT_LETTERS)):
+    spelled = text.encode("utf-8", "replace")
+    if latin := len(spelled.translate(None, _NOT_LETTERS)):
         found["Latin"] = latin
     if text.isascii():
         return found
     # Equal characters are looked up once.
-    for character, count in Counter(_ASCII.sub("", text)).items():
+    for character, count in Counter(spelled.translate(None, _ASCII).decode()).items():
         if script := script_of(character):
             found[script] = found.get(script, 0) + count
     return found

@@ -52,7 +52,7 @@ class ChatEncoder:
 
     def traits(self, chats: Sequence[Sequence[Message]]) -> tuple[list[str], list[bool]]:
         """Of each chat its roles, a line each, and whether it is plain."""
-        roles = ["\n".join(roles_of(chat)) for chat in chats]
+        roles = ["\n".join([message["role"] for message in chat]) for chat in chats]
         return roles, [self.is_plain(chat) for chat in chats]
 
     def is_plain(self, messages: Sequence[Message]) -> bool:

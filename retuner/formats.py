@@ -45,6 +45,9 @@ PAIR_FORMATS = (
 """What `preference` stands for."""
 OTHER_KEYS = ("chosen", "rejected", "label", "kto_tag", "text", "tools", "history")
 """By which a row of another kind is known."""
+VALUES_DECIDE = {"label", "kto_tag", "text"}
+"""Keys of which more than their being there says what kind of row it is."""
+MOST_RECOGNISED = 64
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = ROLES | {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")
 # https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md and OpenAI's chat API.
@@ -75,6 +78,7 @@ class Wanted:
                 "another column for each key",
                 "correct prepare.columns",
             )
+        self._recognised: dict[tuple[str | None, ...], Format] = {}
         self._keys = [(known, frozenset(map(self.own, known.keys))) for known in self._formats]
         self._may_be = {id(known) for known in may_be}
         turn_keys = {key for known in self._formats for key in known.turn_keys}
@@ -91,6 +95,14 @@ class Wanted:
 
     def recognise(self, row: Mapping[str, Any], found: str | None) -> Format:
         """The format of a row, whose file's is `found` where that is known. Errors: Problem, Refused."""
+        keys = (*row, found)
+        if (known := self._recognised.get(keys)) is None:
+            known = self._recognise(row, found)
+            if len(self._recognised) < MOST_RECOGNISED and not VALUES_DECIDE & row.keys():
+                self._recognised[keys] = known
+        return known
+
+    def _recognise(self, row: Mapping[str, Any], found: str | None) -> Format:
         self._refuse_other_kinds(row)
         for key, own in self._must_have.items():
             if own not in row:
@@ -212,6 +224,12 @@ class Wanted:
         turns = []
         for number, turn in enumerate(listed, 1):
             place = f"{within}turn {number}"
+            # Nearly all are like this, and nothing more has to be looked at.
+            if type(turn) is dict and len(turn) == 2 and role_key in turn and text_key in turn:
+                role = turn[role_key]
+                if type(role) is str and role in roles:
+                    turns.append((roles[role], turn[text_key], place))
+                    continue
             if not isinstance(turn, dict):
                 raise Problem("not_an_object", f"{place} is {kind_of(turn)}, not an object")
             role = turn.get(role_key)
@@ -286,6 +304,8 @@ def conversation(turns: list[Turn]) -> Messages:
 
 def text(value: Any, place: str) -> str:
     """`value` unchanged, or its text parts joined. Errors: Problem."""
+    if type(value) is str and value.isascii() and "\0" not in value and not value.isspace() and value:
+        return value
     if isinstance(value, list):
         parts = [part for part in value if isinstance(part, dict) and part.get("type") == "text"]
         texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]

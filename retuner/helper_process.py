@@ -11,6 +11,10 @@ import sys
 from contextlib import suppress
 from typing import IO, Any, cast
 
+KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**25), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+"""For work in arrays that come and go: glibc gives memory back only when there is much of it, because to get it anew
+costs a fifth of the time."""
+
 
 class HelperProcess:
     """Runs a module of this project, seen from who started it."""

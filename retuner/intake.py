@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from json.encoder import encode_basestring  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic_core import to_json
 
 from retuner.chats import BadRow, Block, Chat, blocks, format_of_file, read_block, read_chats
 from retuner.dataset import DataFile
@@ -26,7 +26,7 @@ from retuner.sketch import sketches, word_hashes, words_in
 if TYPE_CHECKING:
     from retuner.reading_ahead import ReadingAhead
 
-SEGMENT_BYTES = 2**18
+SEGMENT_CHARACTERS = 2**18
 SEGMENT_ROWS = 2**12
 NOTES = struct.Struct("<QQQ")
 
@@ -199,24 +199,21 @@ class _Making:
 
     def __init__(self, redact: Sequence[str], salt: str):
         self.redact, self.salt = redact, salt
-        self.rows, self.bytes = 0, 0
-        self.format: str | None = None
+        self.rows, self.characters = 0, 0
         self.bad_rows: list[dict[str, Any]] = []
         self.redacted: Counter[str] = Counter()
-        self.said: list[Sequence[dict[str, str]]] = []
-        self.names: list[bytes] = []
-        self.words: list[bytes] = []
-        self.lines: list[bytes] = []
+        self.chats: list[Chat] = []
+        self.lines: list[bytes | None] = []
 
     def is_full(self) -> bool:
-        return self.bytes >= SEGMENT_BYTES or self.rows >= SEGMENT_ROWS
+        return self.characters >= SEGMENT_CHARACTERS or self.rows >= SEGMENT_ROWS
 
     def add(self, row: Chat | BadRow, line: bytes | None) -> None:
         """`line` is that of a stored row, which stays as it is; None of one that has none yet."""
         self.rows += 1
         if isinstance(row, BadRow):
             self.bad_rows.append(asdict(replace(row, start="") if self.redact else row))
-            self.bytes += len(row.start)
+            self.characters += len(row.start)
             return
         if self.redact:
             row, counts = _redacted(row, self.redact)
@@ -224,41 +221,53 @@ class _Making:
             if line is None and (bad := _same_answers(row)):
                 self.bad_rows.append(asdict(bad))
                 return
-        messages, rejected = row.messages, row.rejected
-        self.format = row.format
-        contents = [folded(turn["content"]) for turn in messages]
-        names = names_of(messages, rejected, contents)
-        group = names.group.hex()
-        line = line or spelled_row(group, names.id.hex(), messages, rejected)
-        self.said.append(said_in(messages, rejected))
-        self.names += [names.group, names.id, names.key, names.prompt[:8], names.talk[:8]]
-        self.names.append(draw_of(group, self.salt)[:8])
-        # A system prompt is shared by many rows: what resembles what is decided by what the others say.
-        spoken = contents[1:] if messages[0]["role"] == "system" else contents
-        self.words.append(words_in(" ".join(spoken)))
+        self.chats.append(row)
         self.lines.append(line)
-        self.bytes += len(line)
+        self.characters += sum([len(turn["content"]) for turn in row.messages])
 
     def made(self) -> Segment:
-        heads: Any = np.zeros(len(self.lines), HEAD)
-        words, counts = word_hashes(self.words)
-        names = np.frombuffer(b"".join(self.names), ">u8").reshape(len(heads), 9)
-        for place, name in enumerate(("group", "id", "key")):
-            heads[name] = names[:, 2 * place : 2 * place + 2]
-        heads["prompt"], heads["talk"], heads["draw"] = names[:, 6], names[:, 7], names[:, 8]
-        heads["words"], heads["line"] = counts, [len(line) for line in self.lines]
-        heads["bands"] = sketches(words, counts)
-        redactions = dict(sorted(self.redacted.items()))
-        notes = Notes(self.rows, self.format, self.bad_rows, redactions, describe(self.said).spelled())
-        return Segment(notes, Batch(heads, words.astype("<u4").tobytes(), b"".join(self.lines)))
+        contents = folded([turn["content"] for chat in self.chats for turn in chat.messages])
+        names: list[bytes] = []
+        lines: list[bytes] = []
+        spoken: list[bytes] = []
+        messages: list[int] = []
+        at = 0
+        for chat, line in zip(self.chats, self.lines, strict=True):
+            mine = contents[at : at + len(chat.messages)]
+            at += len(mine)
+            name = names_of(chat.messages, chat.rejected, mine)
+            group = name.group.hex()
+            lines.append(line or spelled_row(group, name.id.hex(), chat.messages, chat.rejected))
+            names += [name.group, name.id, name.key, name.prompt[:8], name.talk[:8]]
+            names.append(draw_of(group, self.salt)[:8])
+            # A system prompt is shared by many rows: what resembles what is decided by what the others say.
+            others = mine[1:] if chat.messages[0]["role"] == "system" else mine
+            spoken += others
+            messages.append(len(others))
+        hashes, counts = word_hashes(words_in(spoken), messages)
+        heads: Any = np.zeros(len(lines), HEAD)
+        numbers = np.frombuffer(b"".join(names), ">u8").reshape(len(heads), 9)
+        for place, kind in enumerate(("group", "id", "key")):
+            heads[kind] = numbers[:, 2 * place : 2 * place + 2]
+        heads["prompt"], heads["talk"], heads["draw"] = numbers[:, 6], numbers[:, 7], numbers[:, 8]
+        heads["words"], heads["line"] = counts, [len(line) for line in lines]
+        heads["bands"] = sketches(hashes, counts)
+        notes = Notes(
+            self.rows,
+            self.chats[-1].format if self.chats else None,
+            self.bad_rows,
+            dict(sorted(self.redacted.items())),
+            describe(said_in(chat.messages, chat.rejected) for chat in self.chats).spelled(),
+        )
+        return Segment(notes, Batch(heads, hashes.astype("<u4").tobytes(), b"".join(lines)))
 
 
 def spelled_row(
     group: str, id: str, messages: Iterable[dict[str, str]], rejected: str | None = None
 ) -> bytes:
     """A line of train.jsonl or held_out.jsonl: what json.dumps makes with sorted keys and no escapes, but faster."""
-    turns = ", ".join(
-        [f'{{"content": {encode_basestring(m["content"])}, "role": "{m["role"]}"}}' for m in messages]
+    turns = b", ".join(
+        [b'{"content": %b, "role": "%b"}' % (to_json(m["content"]), m["role"].encode()) for m in messages]
     )
-    other = "" if rejected is None else f', "rejected": {encode_basestring(rejected)}'
-    return f'{{"group": "{group}", "id": "{id}", "messages": [{turns}]{other}}}\n'.encode()
+    other = b"" if rejected is None else b', "rejected": ' + to_json(rejected)
+    return b'{"group": "%b", "id": "%b", "messages": [%b]%b}\n' % (group.encode(), id.encode(), turns, other)

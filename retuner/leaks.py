@@ -18,7 +18,7 @@ from retuner.rows import PARTS, Ordered, Records, parts_at_once
 BOILERPLATE = 10
 SHORT, LONG = 8, 13
 RUN = np.dtype([("hash", "<u8"), ("row", "<u4")])
-MATCHED_BYTES = 2**21
+MATCHED_BYTES = 2**19
 """Of runs that are matched at once: few enough for the processor's caches."""
 NOBODY = np.iinfo(np.int32).max
 FILTER_BITS = 16
@@ -115,10 +115,13 @@ class _Runs:
                 continue
             held = held[np.lexsort((held["row"], held["hash"]))]
             held = held[np.concatenate([[True], held["hash"][1:] != held["hash"][:-1]])]
-            place = np.minimum(np.searchsorted(held["hash"], runs["hash"]), len(held) - 1)
-            shared = held["hash"][place] == runs["hash"]
+            known, hashes = held["hash"].copy(), runs["hash"].copy()
+            order = np.argsort(hashes)  # neighbours are looked for in the same places
+            place = np.minimum(np.searchsorted(known, hashes[order]), len(known) - 1)
+            shared = known[place] == hashes[order]
+            place, at = place[shared], order[shared]
             # A run may stand in a row several times.
-            pairs = (place[shared] << 32) | runs["row"][shared]
+            pairs = (place << 32) | runs["row"][at]
             pairs.sort()  # and not np.unique, which hashes: that takes several times as long
             pairs = pairs[np.diff(pairs, prepend=-1) > 0]
             run, row = pairs >> 32, pairs & (2**32 - 1)

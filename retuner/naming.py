@@ -3,7 +3,6 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import NamedTuple
 
 
@@ -23,23 +22,24 @@ class Names(NamedTuple):
 
 
 def names_of(
-    messages: Sequence[dict[str, str]], rejected: str | None = None, contents: Sequence[str] | None = None
+    messages: Sequence[dict[str, str]], rejected: str | None = None, contents: Sequence[bytes] | None = None
 ) -> Names:
     """`rejected`, the other answer of a preference pair, is part of what the pair is, `id` and `key`; what it is
     compared with others by, `group`, `prompt` and `talk`, is that of the conversation with the chosen answer.
 
     `contents` are the folded contents of the messages, where they are known already."""
-    contents = contents or [folded(turn["content"]) for turn in messages]
+    contents = contents or folded([turn["content"] for turn in messages])
+    roles = [turn["role"] for turn in messages]
     said = [f"{turn['role']}\n{turn['content']}" for turn in messages]
-    alike = [f"{turn['role']}\n{content}" for turn, content in zip(messages, contents, strict=True)]
-    asked = list(takewhile(lambda turn: not turn.startswith("assistant\n"), alike))
+    alike = [b"%b\n%b" % (role.encode(), content) for role, content in zip(roles, contents, strict=True)]
+    asked = alike[: roles.index("assistant")] if "assistant" in roles else alike
     group, talk = _digest(asked), _digest(alike)
     if rejected is None:
-        exact, key = _digest(said), talk
+        exact, key = _digest_of(said), talk
     else:
-        exact = _digest([*said, f"rejected\n{rejected}"])
-        key = _digest([*alike, f"rejected\n{folded(rejected)}"])
-    if messages[0]["role"] == "system":
+        exact = _digest_of([*said, f"rejected\n{rejected}"])
+        key = _digest([*alike, b"rejected\n" + folded([rejected])[0]])
+    if roles[0] == "system":
         return Names(group, exact, key, _digest(asked[1:]), _digest(alike[1:]))
     return Names(group, exact, key, group, talk)
 
@@ -61,7 +61,7 @@ def is_held_out(group: str, salt: str, held_out_fraction: float) -> bool:
 
 def draw_of(group: str, salt: str) -> bytes:
     """16 bytes, as if drawn by lot, the same ones every time."""
-    return _digest([salt, group])
+    return _digest_of([salt, group])
 
 
 def limit_of(held_out_fraction: float) -> int:
@@ -69,11 +69,38 @@ def limit_of(held_out_fraction: float) -> int:
     return math.ceil(held_out_fraction * 2**128)
 
 
-def folded(text: str) -> str:
-    """A text but for case and white space."""
+def folded(texts: Sequence[str]) -> list[bytes]:
+    """Texts but for case and white space, in UTF-8. None may hold a NUL."""
+    if sum(map(len, texts)) < WORTH_CHARACTERS:
+        return [_folded(text).encode() for text in texts]
+    import numpy as np
+
+    spelled = [text if text.isascii() else _folded(text) for text in texts]
+    letters = "\0".join(spelled).encode().translate(_FOLDED)
+    data = np.frombuffer(letters, np.uint8)
+    is_space = data == ord(" ")
+    # Behind another one, or where a text begins, a space goes; so of each run of them one is left.
+    goes = is_space.copy()
+    goes[1:] &= is_space[:-1] | (data[:-1] == 0)
+    return [text.rstrip(b" ") for text in data[~goes].tobytes().split(b"\0")]
+
+
+def _folded(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _digest(parts: list[str]) -> bytes:
-    # NUL keeps the parts apart: no text of a chat holds one.
+_FOLDED = bytes(
+    byte if byte > 127 else ord(" ") if chr(byte).isspace() else ord(chr(byte).lower()) for byte in range(256)
+)
+"""What casefold and split make of ASCII."""
+WORTH_CHARACTERS = 4096
+"""From here on it is faster to fold all texts at once."""
+
+
+def _digest_of(parts: list[str]) -> bytes:
     return hashlib.sha256("\0".join(parts).encode("utf-8")).digest()[:16]
+
+
+def _digest(parts: list[bytes]) -> bytes:
+    # NUL keeps the parts apart: no text of a chat holds one.
+    return hashlib.sha256(b"\0".join(parts)).digest()[:16]

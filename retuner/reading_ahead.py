@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from retuner.chats import Block
 from retuner.dataset import DataFile
 from retuner.errors import Refused
-from retuner.helper_process import HelperProcess
+from retuner.helper_process import KEEPS_MEMORY, HelperProcess
 from retuner.memo import Memo
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _done(block: Block, asked: "Future[None] | None") -> Block:
 
 class _Helper(HelperProcess):
     def __init__(self, reading: "Reading", memo: Memo):
-        super().__init__(__name__)
+        super().__init__(__name__, **KEEPS_MEMORY)
         settings = {name: getattr(reading, name) for name in SETTINGS}
         self.tell(settings | {"root": str(memo.root.absolute()), "key": memo.key})
 

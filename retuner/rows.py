@@ -81,7 +81,9 @@ class Records:
         order = np.argsort(parts, kind="stable")
         begins: Any = np.zeros(PARTS + 1, np.int64)
         np.cumsum(np.bincount(parts, minlength=PARTS), out=begins[1:])
-        self.file.write(records[order].tobytes())
+        # By numbers of four bytes: numpy takes long to pick out records.
+        numbers = records.view("<u4").reshape(len(records), self.dtype.itemsize // 4)
+        self.file.write(numbers[order].tobytes())
         self.file.flush()
         self.runs.append((self.count, begins))
         self.count += len(records)

@@ -22,9 +22,9 @@ import numpy as np
 from retuner.rows import BANDS
 
 BINS = BANDS * 4
-# What is no letter, digit or underscore becomes a space; other bytes of UTF-8 stay.
+# What is no letter, digit or underscore becomes a space; other bytes of UTF-8 stay, and the NUL between texts.
 _SPACED = bytes(
-    byte if byte > 127 or chr(byte).isalnum() or byte == ord("_") else ord(" ") for byte in range(256)
+    byte if byte in b"\0_" or byte > 127 or chr(byte).isalnum() else ord(" ") for byte in range(256)
 )
 # Scripts without spaces between words: each character counts as a word.
 _UNSPACED = (
@@ -55,19 +55,19 @@ _TURNS: Any = np.argsort(_drawn(BINS * BINS).reshape(BINS, BINS), axis=1, kind="
 """(BINS, BINS): for each bin the order in which it looks for another one with pairs."""
 
 
-def words_in(said: str) -> bytes:
-    """The words of a casefolded text, with spaces between them."""
-    letters = said.encode().translate(_SPACED)
-    return letters if said.isascii() else _NOT_ASCII.sub(_words_with_others, letters)
+def words_in(texts: Sequence[bytes]) -> list[bytes]:
+    """The words of each of some folded texts, see `retuner.naming`, with spaces between them."""
+    spaced = b"\0".join(texts).translate(_SPACED).split(b"\0") if texts else []
+    return [text if text.isascii() else _NOT_ASCII.sub(_words_with_others, text) for text in spaced]
 
 
 def _words_with_others(found: re.Match[bytes]) -> bytes:
     return " ".join(_WORD.findall(found[0].decode())).encode()
 
 
-def word_hashes(texts: Sequence[bytes]) -> tuple[Any, Any]:
+def word_hashes(texts: Sequence[bytes], rows: Sequence[int]) -> tuple[Any, Any]:
     """One uint32 a word of the texts, which are as `words_in` gives them, the same on every machine; and how many words
-    each text has."""
+    each row has, `rows` being the numbers of texts of each."""
     padded = b"".join([b" ", b" ".join(texts), b" " * 8 * MOST_EIGHTS])
     letters = np.frombuffer(padded, np.uint8)
     is_space = letters == ord(" ")
@@ -75,10 +75,11 @@ def word_hashes(texts: Sequence[bytes]) -> tuple[Any, Any]:
     starts, ends = borders[::2], borders[1::2]
     lengths = ends - starts
     hashes = lengths.astype(np.uint64)
+    # At every byte the eight from there on, as a number.
+    eights: Any = np.ndarray((len(padded) - 7,), "<u8", padded, strides=(1,))
     some: Any = np.arange(len(starts))
     for eight in range(MOST_EIGHTS):
-        at = starts[some] + 8 * eight
-        bytes_ = letters[at[:, None] + np.arange(8)].view("<u8").ravel()
+        bytes_ = eights[starts[some] + 8 * eight]
         rest = lengths[some] - 8 * eight
         hashes[some] = _mixed(hashes[some] ^ (bytes_ & _FIRST_BYTES[np.minimum(rest, 8)]))
         some = some[rest > 8]
@@ -86,8 +87,9 @@ def word_hashes(texts: Sequence[bytes]) -> tuple[Any, Any]:
             break
     for word in some.tolist():
         hashes[word] ^= np.uint64(crc32(padded[starts[word] : ends[word]]) << 32)
-    text_ends = np.cumsum([1, *(len(text) + 1 for text in texts)])
-    return (hashes >> np.uint64(32)).astype(np.uint32), np.diff(np.searchsorted(starts, text_ends))
+    text_ends = np.cumsum([1, *[len(text) + 1 for text in texts]])
+    row_ends = np.searchsorted(starts, text_ends[np.cumsum([0, *rows])])
+    return (hashes >> np.uint64(32)).astype(np.uint32), np.diff(row_ends)
 
 
 def pair_hashes(words: Any, counts: Any) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from retuner.chat_lines import ChatLines, read_runs
 from retuner.encoding import ChatEncoder
 from retuner.errors import Refused
-from retuner.helper_process import HelperProcess
+from retuner.helper_process import KEEPS_MEMORY, HelperProcess
 from retuner.layout import Layout
 from retuner.reading_ahead import MOST_HELPERS, usable_cores
 from retuner.rendering import Renderer
@@ -80,7 +80,7 @@ class Helped:
 
 class _Helper(HelperProcess):
     def __init__(self, memo: Path):
-        super().__init__(__name__, TOKENIZERS_PARALLELISM="false")
+        super().__init__(__name__, TOKENIZERS_PARALLELISM="false", **KEEPS_MEMORY)
         self.memo = memo
         self.is_ready = False
 

@@ -31,7 +31,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, pairwise, repeat
 from typing import TYPE_CHECKING, Any
 
 from retuner.errors import Refused
@@ -257,8 +257,10 @@ class Words:
     def _codes_of(self, units: list[bytes]) -> "NDArray[Any]":
         import numpy as np
 
-        new = [unit for unit in units if unit not in self._code_of]
-        if new:
+        codes = np.fromiter(map(self._code_of.get, units, repeat(-1)), np.int64, len(units))
+        places = np.flatnonzero(codes < 0)
+        if len(places):
+            new = [units[place] for place in places.tolist()]
             texts = [unit.decode() for unit in new]
             encodings = self.rule.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             ids = [encoding.ids for encoding in encodings]
@@ -276,9 +278,10 @@ class Words:
             self._starts = np.append(self._starts, len(self._ids) + np.cumsum(lengths) - lengths)
             self._lengths = np.append(self._lengths, lengths)
             self._ids = np.append(self._ids, flat)
+            codes[places] = range(first, first + len(new))
             self._code_of.update(zip(new, range(first, first + len(new)), strict=True))
             self._unit_bytes += sum(map(len, new))
-        return np.fromiter(map(self._code_of.__getitem__, units), np.int64, len(units))
+        return codes
 
 
 def _may_cut(data: "NDArray[Any]", spaces: "NDArray[Any]") -> "NDArray[Any]":
