@@ -1,6 +1,6 @@
 """Data preparation, from a file of chats to token ids with a loss mask: ours against `datasets.map`, interleaved.
 
-    python -m benchmarks.prepare ../shared/data ../shared/phi3-tokenizer [--rows 20000] [--rounds 3]
+    python -m benchmarks.prepare ../shared/data ../shared/phi3-tokenizer [--rows 100000] [--rounds 3]
     python -m benchmarks.prepare ../shared/data ../shared/phi3-tokenizer --memory [--rows 100000]
 
 Rows: `benchmarks.chat_corpus`. Ids and masks of all sides are compared, row by row, before anything is reported.
@@ -14,8 +14,9 @@ Rows: `benchmarks.chat_corpus`. Ids and masks of all sides are compared, row by 
   masks, held-out prompts, pack plan, report), with an empty memo, and again with 1 % new rows. Sealing
   (hashing and fsync for the store) is told apart.
 
-All sides run in one process with their own default threads; imports are done before. `--memory` instead runs our stages
-in child processes over --rows and ten times as many, and compares their peaks.
+Every side runs in a process of its own, with its own default threads, after imports and a first run over few rows, so
+that none inherits another's heap. `--memory` instead runs our stages over --rows and ten times as many, and compares
+their peaks.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -46,6 +48,7 @@ from retuner.store import Store
 
 PARAMS = Path(__file__).parents[1] / "params" / "phi3_mini_lora.yaml"
 MAX_TOKENS = 4096
+SIDES = ("per row", "batched", "Rust", "ours")
 GOALS = {"per row": 5.0, "batched": 2.0}
 NEW_SHARE, NEW_GOAL = 0.01, 0.05
 MEMORY_GOAL = 1.3
@@ -166,7 +169,7 @@ def rust(texts: list[str], tokenizer: Any) -> None:
     plain.encode_batch_fast(texts, add_special_tokens=False)
 
 
-def refuse_other_ids(theirs: Any, made: Stages) -> int:
+def refuse_other_ids(theirs: Any, chats: Path) -> int:
     """Every row of ours must be one of theirs, id by id and label by label. Returns how many rows were compared."""
     import pyarrow as pa
 
@@ -178,98 +181,123 @@ def refuse_other_ids(theirs: Any, made: Stages) -> int:
             known.add((tuple(ids), bytes(mask)))
     compared = 0
     for side in ("train", "held_out"):
-        with pa.memory_map(str(made.chats.path / f"{side}.arrow")) as source:
+        with pa.memory_map(str(chats / f"{side}.arrow")) as source:
             for batch in pa.ipc.open_stream(source):
                 pairs = zip(batch["input_ids"].to_pylist(), batch["labels"].to_pylist(), strict=True)
                 for ids, labels in pairs:
                     mask = bytes(label != -100 for label in labels)
                     assert (tuple(ids), mask) in known, f"a row with other ids or another mask: {ids[:20]}"
                     compared += 1
-    facts = made.chats.facts
-    assert compared == facts.train_rows + facts.held_out_rows > 0
+    assert compared > 0
     return compared
 
 
-def compare(data: Path, tokenizer_folder: Path, rows: int, rounds: int) -> None:
+def compare(data: Path, tokenizer: Path, rows: int, rounds: int) -> None:
+    from datasets import Dataset as Rows
+
+    new = int(rows * NEW_SHARE)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_chats(folder / "chats.jsonl", data, 0, rows)
+        grown = folder / "grown.jsonl"
+        grown.write_bytes((folder / "chats.jsonl").read_bytes())
+        write_chats(grown, data, rows, new)
+        write_chats(folder / "few.jsonl", data, 10**9, 200)
+        told: dict[str, list[dict[str, Any]]] = {}
+        for number in range(rounds):
+            for side in SIDES:
+                for old in folder.glob(f"{side}-*"):
+                    shutil.rmtree(old)
+                told.setdefault(side, []).append(one_side(data, tokenizer, folder, side, number))
+        ours = told["ours"][-1]
+        for side in ("per row", "batched"):
+            theirs = Rows.from_file(told[side][-1]["rows"])
+            compared = refuse_other_ids(theirs, Path(ours["chats"]))
+        assert compared == ours["train_rows"] + ours["held_out_rows"]
+        report(told, rows, compared)
+        minhash(data)
+
+
+def one_side(data: Path, tokenizer: Path, folder: Path, side: str, number: int) -> dict[str, Any]:
+    """What a process told that ran one side."""
+    place = folder / f"{side}-{number}"
+    command = [sys.executable, "-m", "benchmarks.prepare", str(data), str(tokenizer)]
+    os.sync()  # what another side wrote is not written to disk at this one's cost
+    done = subprocess.run(
+        [*command, "--side", side, str(folder), str(place)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return dict(json.loads(done.stdout))
+
+
+def run_side(side: str, folder: Path, place: Path, tokenizer_folder: Path) -> None:
+    """One side over chats.jsonl in `folder`, and ours over grown.jsonl after it, with what is written in `place`."""
+    few, file = folder / "few.jsonl", folder / "chats.jsonl"
+    if side == "ours":
+        Ours(place / "few", tokenizer_folder).run(few)
+        ours = Ours(place / "store", tokenizer_folder)
+        cold, again = ours.run(file), ours.run(folder / "grown.jsonl")
+        print(
+            json.dumps(
+                {
+                    "seconds": cold.seconds,
+                    "parts": {"prepare": cold.prepare, "template": cold.template, "sealing": cold.sealing},
+                    "again": {"prepare": again.prepare, "template": again.template, "sealing": again.sealing},
+                    "chats": str(cold.chats.path),
+                    **cold.chats.facts.model_dump(mode="json"),
+                }
+            )
+        )
+        return
     import datasets
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(tokenizer_folder)
-    new = int(rows * NEW_SHARE)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        file, grown = folder / "chats.jsonl", folder / "grown.jsonl"
-        write_chats(file, data, 0, rows)
-        grown.write_bytes(file.read_bytes())
-        write_chats(grown, data, rows, new)
-        texts = [message["content"] for messages in chats(data, 0, rows) for message in messages]
-        warm_up(data, tokenizer_folder, tokenizer, folder)
-        seconds: dict[str, list[float]] = {}
-        stages: list[tuple[Stages, Stages]] = []
-        for number in range(rounds):
-            for name, encode in (("per row", per_row), ("batched", batched)):
-                theirs = timed(seconds, name, encode, file, tokenizer, folder / f"{name}-{number}")
-            timed(seconds, "Rust", rust, texts, tokenizer)
-            ours = Ours(folder / f"store-{number}", tokenizer_folder)
-            stages.append((ours.run(file), ours.run(grown)))
-        cold, _ = stages[-1]
-        compared = refuse_other_ids(theirs, cold)
-        tokens = cold.chats.facts.train_tokens
-        mean = tokens / cold.chats.facts.train_rows
-        report(seconds, stages, rows, mean, compared)
-        minhash(data)
-
-
-def warm_up(data: Path, tokenizer_folder: Path, tokenizer: Any, folder: Path) -> None:
-    """Imports and first calls, of every side."""
-    file = folder / "few.jsonl"
-    write_chats(file, data, 10**9, 200)
-    per_row(file, tokenizer, folder / "few-rows")
-    batched(file, tokenizer, folder / "few-batched")
-    Ours(folder / "few-store", tokenizer_folder).run(file)
-
-
-def timed(seconds: dict[str, list[float]], name: str, work: Any, *arguments: Any) -> Any:
+    if side == "Rust":
+        texts = [message["content"] for line in file.open() for message in json.loads(line)["messages"]]
+        rust(texts[:200], tokenizer)
+        began = time.perf_counter()
+        rust(texts, tokenizer)
+        print(json.dumps({"seconds": time.perf_counter() - began}))
+        return
+    encode = per_row if side == "per row" else batched
+    encode(few, tokenizer, place / "few")
     began = time.perf_counter()
-    made = work(*arguments)
-    seconds.setdefault(name, []).append(time.perf_counter() - began)
-    return made
+    rows = encode(file, tokenizer, place / "rows")
+    seconds = time.perf_counter() - began
+    (written,) = rows.cache_files
+    print(json.dumps({"seconds": seconds, "rows": written["filename"]}))
 
 
-def report(
-    seconds: dict[str, list[float]],
-    stages: list[tuple[Stages, Stages]],
-    rows: int,
-    mean: float,
-    compared: int,
-) -> None:
-    cold = statistics.median(both[0].seconds for both in stages)
-    again = statistics.median(both[1].seconds for both in stages)
+def report(told: dict[str, list[dict[str, Any]]], rows: int, compared: int) -> None:
+    ours = told["ours"]
+    mean = ours[-1]["train_tokens"] / ours[-1]["train_rows"]
+    cold = statistics.median(each["seconds"] for each in ours)
+    again = statistics.median(each["again"]["prepare"] + each["again"]["template"] for each in ours)
     threads = len(os.sched_getaffinity(0))
     print(
-        f"{rows:,} chats, {mean:.0f} tokens on average, {threads} cores, medians of {len(stages)} interleaved rounds"
+        f"{rows:,} chats, {mean:.0f} tokens on average, {threads} cores, medians of {len(ours)} interleaved rounds"
     )
     print(f"ids and masks of {compared:,} rows are equal on all sides")
     line = "{:<26}{:>9.2f} s{:>10,.0f} rows/s{:>12,.0f} tokens/s   {}"
-    for name, values in seconds.items():
-        took = statistics.median(values)
+    for name in SIDES[:-1]:
+        took = statistics.median(each["seconds"] for each in told[name])
         goal = f"ours is {took / cold:.1f} x as fast" + (
             f" (goal {GOALS[name]:g} x)" if name in GOALS else ""
         )
         print(line.format(name, took, rows / took, rows * mean / took, goal))
     print(line.format("ours, nothing in the memo", cold, rows / cold, rows * mean / cold, ""))
     for part in ("prepare", "template"):
-        took = statistics.median(getattr(both[0], part) for both in stages)
+        took = statistics.median(each["parts"][part] for each in ours)
         print(line.format(f"  {part}", took, rows / took, rows * mean / took, ""))
-    sealed = [statistics.median(both[which].sealing for both in stages) for which in (0, 1)]
     print(
         f"{'ours, 1 % new rows':<26}{again:>9.2f} s   {100 * again / cold:.1f} % (goal {100 * NEW_GOAL:g} %)"
     )
     for part in ("prepare", "template"):
-        print(f"  {part:<24}{statistics.median(getattr(both[1], part) for both in stages):>9.2f} s")
+        print(f"  {part:<24}{statistics.median(each['again'][part] for each in ours):>9.2f} s")
+    sealed = [statistics.median(each[which]["sealing"] for each in ours) for which in ("parts", "again")]
     print(f"{'sealing, not in the above':<26}{sealed[0]:>9.2f} s, {sealed[1]:.2f} s with 1 % new rows")
-    if packs := stages[-1][0].chats.facts.packs:
-        print(f"packs of {MAX_TOKENS:,} tokens: {packs.count:,}, {100 * packs.fill:.2f} % full")
+    if packs := ours[-1]["packs"]:
+        print(f"packs of {MAX_TOKENS:,} tokens: {packs['count']:,}, {100 * packs['fill']:.2f} % full")
 
 
 def minhash(data: Path, rows: int = 5000) -> None:
@@ -324,14 +352,18 @@ def main() -> None:
     options.add_argument("--rows", type=int)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--memory", action="store_true", help="peak memory instead; takes minutes")
+    options.add_argument("--side", nargs=3, metavar=("SIDE", "FOLDER", "PLACE"), help=argparse.SUPPRESS)
     options.add_argument("--only", nargs=2, type=Path, metavar=("FILE", "STORE"), help=argparse.SUPPRESS)
     chosen = options.parse_args()
-    if chosen.only:
+    if chosen.side:
+        side, folder, place = chosen.side
+        run_side(side, Path(folder), Path(place), chosen.tokenizer)
+    elif chosen.only:
         only(*chosen.only, chosen.tokenizer)
     elif chosen.memory:
         memory(chosen.data, chosen.tokenizer, chosen.rows or 100_000)
     else:
-        compare(chosen.data, chosen.tokenizer, chosen.rows or 20_000, chosen.rounds)
+        compare(chosen.data, chosen.tokenizer, chosen.rows or 100_000, chosen.rounds)
 
 
 if __name__ == "__main__":

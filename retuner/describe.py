@@ -2,7 +2,7 @@
 so that a description of appended data costs only the new rows."""
 
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,7 +11,7 @@ from typing import Any
 BIN_BITS = 6
 ROLES = ("system", "user", "assistant", "rejected")
 """In the order in which people are told of them; `rejected` is the other answer of a preference pair."""
-_NOT_LETTERS = bytes(set(range(256)) - set(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+_IS_LETTER = bytes(byte < 128 and chr(byte).isalpha() for byte in range(256))
 _ASCII = bytes(range(128))
 # The word by which Unicode's names begin, where that is not the script's own name.
 _SCRIPT_OF_WORD = {
@@ -105,28 +105,44 @@ class Description:
     """Conversations with any letter of the script."""
 
     def add_all(self, conversations: Iterable[Sequence[Mapping[str, str]]]) -> None:
-        sizes: dict[str, list[int]] = {"all": []}
-        for messages in conversations:
-            total = answers = 0
-            for message in messages:
-                role, size = message["role"], len(message["content"])
-                sizes.setdefault(role, []).append(size)
-                total += size
-                answers += role == "assistant"
-            sizes["all"].append(total)
-            self.turns[answers] += 1
-            for script, count in letters_by_script(
-                "".join([message["content"] for message in messages])
-            ).items():
-                self.letters[script] += count
-                self.script_rows[script] += 1
-        self.rows += len(sizes["all"])
+        talks = list(conversations)
+        texts = ["".join([message["content"] for message in talk]) for talk in talks]
+        sizes: defaultdict[str, list[int]] = defaultdict(list)
+        answers = []
+        for talk in talks:
+            roles = [message["role"] for message in talk]
+            answers.append(roles.count("assistant"))
+            for role, message in zip(roles, talk, strict=True):
+                sizes[role].append(len(message["content"]))
+        self.rows += len(talks)
+        self.turns.update(answers)
         for role, lengths in sizes.items():
-            if lengths:
-                self.lengths.setdefault(role, Lengths()).add_all(lengths)
-            if role != "all":
-                self.messages[role] += len(lengths)
-                self.characters[role] += sum(lengths)
+            self.messages[role] += len(lengths)
+            self.characters[role] += sum(lengths)
+            self.lengths.setdefault(role, Lengths()).add_all(lengths)
+        if texts:
+            self.lengths["all"].add_all(list(map(len, texts)))
+            self._add_letters(texts)
+
+    def _add_letters(self, texts: Sequence[str]) -> None:
+        import numpy as np
+
+        spelled = [text.encode("utf-8", "replace") for text in texts]
+        is_letter = np.frombuffer(b" ".join([*spelled, b""]).translate(_IS_LETTER), np.bool_)
+        begins = np.cumsum([0, *[len(text) + 1 for text in spelled[:-1]]])
+        latin = np.add.reduceat(is_letter, begins, dtype=np.int64)
+        for row, text in enumerate(texts):
+            if text.isascii():
+                continue
+            for script, count in _scripts_beyond_ascii(text).items():
+                if script == "Latin":
+                    latin[row] += count
+                else:
+                    self.letters[script] += count
+                    self.script_rows[script] += 1
+        if latin.any():
+            self.letters["Latin"] += int(latin.sum())
+            self.script_rows["Latin"] += int((latin > 0).sum())
 
     def merge(self, other: "Description") -> None:
         self.rows += other.rows
@@ -181,16 +197,11 @@ def describe(conversations: Iterable[Sequence[Mapping[str, str]]]) -> Descriptio
     return made
 
 
-def letters_by_script(text: str) -> dict[str, int]:
-    """`{"Latin": 12, "Han": 3}` for a text; scripts without a letter in it are not named."""
+def _scripts_beyond_ascii(text: str) -> dict[str, int]:
+    """`{"Han": 3}` for the letters of a text that are not in ASCII."""
     found: dict[str, int] = {}
-    spelled = text.encode("utf-8", "replace")
-    if latin := len(spelled.translate(None, _NOT_LETTERS)):
-        found["Latin"] = latin
-    if text.isascii():
-        return found
-    # Equal characters are looked up once.
-    for character, count in Counter(spelled.translate(None, _ASCII).decode()).items():
+    others = text.encode("utf-8", "replace").translate(None, _ASCII).decode()
+    for character, count in Counter(others).items():  # equal ones are looked up once
         if script := script_of(character):
             found[script] = found.get(script, 0) + count
     return found

@@ -88,12 +88,16 @@ class ChatEncoder:
         is_control = controls >= 0
         units: Any = np.ones(len(controls), np.int64)
         units[~is_control] = segment_units
-        codes = np.empty(units.sum(), np.int64)
-        unit_is_control: Any = np.repeat(is_control, units)
-        codes[unit_is_control] = self.words.control_codes(controls[is_control])
-        codes[~unit_is_control] = segment_codes
+        item_units = _ends(units)
+        control_units = item_units[:-1][is_control]
+        codes: Any = np.empty(item_units[-1], np.int64)
+        is_text: Any = np.ones(len(codes), np.bool_)
+        is_text[control_units] = False
+        codes[control_units] = self.words.control_codes(controls[is_control])
+        codes[is_text] = segment_codes
+        ids, unit_tokens = self.words.tokens(codes)
 
-        item_tokens = _ends(self.words.lengths(codes))[_ends(units)]
+        item_tokens = unit_tokens[item_units]
         offsets = item_tokens[items]
         # A span is a run of supervised items of one row.
         before, behind = np.roll(supervised, 1), np.roll(supervised, -1)
@@ -102,7 +106,7 @@ class ChatEncoder:
         row = np.repeat(np.arange(len(plans)), np.diff(items))[first]
         spans = np.stack([item_tokens[first], item_tokens[last + 1]], axis=1) - offsets[row][:, None]
         return TokenRows(
-            input_ids=self.words.ids(codes),
+            input_ids=ids,
             offsets=offsets,
             spans=spans.astype(np.int32),
             span_offsets=_ends(np.bincount(row, minlength=len(plans))),

@@ -198,25 +198,22 @@ class Words:
             self._to_check -= len(checked)
             whole = self.plain.encode_batch_fast(list(checked), add_special_tokens=False)
             ids = list(chain.from_iterable(encoding.ids for encoding in whole))
-            if not np.array_equal(self.ids(codes[: counts[: len(checked)].sum()]), ids):
+            if not np.array_equal(self.tokens(codes[: counts[: len(checked)].sum()])[0], ids):
                 self.rule, self._to_check = Rule(self.plain), 0
                 self._forget()
                 return self._look_up(texts)
         return codes, counts
 
-    def lengths(self, codes: "NDArray[Any]") -> "NDArray[Any]":
-        """Tokens of each unit."""
-        return self._lengths[codes]
-
-    def ids(self, codes: "NDArray[Any]") -> "NDArray[Any]":
-        """The tokens of all units, one after the other, int32."""
+    def tokens(self, codes: "NDArray[Any]") -> tuple["NDArray[Any]", "NDArray[Any]"]:
+        """The tokens of all units, one after the other, int32; and where those of each begin, and the last ones end."""
         import numpy as np
 
         lengths = self._lengths[codes]
-        ends = np.cumsum(lengths)
-        places: Any = np.repeat(self._starts[codes] - ends + lengths, lengths)
+        bounds: Any = np.zeros(len(codes) + 1, np.int64)
+        np.cumsum(lengths, out=bounds[1:])
+        places: Any = np.repeat(self._starts[codes] - bounds[:-1], lengths)
         places += np.arange(len(places))
-        return self._ids[places]
+        return self._ids[places], bounds
 
     def _look_up(self, texts: Sequence[str]) -> tuple["NDArray[Any]", "NDArray[Any]"]:
         import numpy as np

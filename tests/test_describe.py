@@ -2,12 +2,13 @@
 
 import json
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retuner.describe import Description, Lengths, describe, letters_by_script, script_of
+from retuner.describe import Description, Lengths, describe, script_of
 
 messages = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(("system", "user", "assistant")), "content": st.text()}),
@@ -81,9 +82,13 @@ def test_a_quantile_is_off_by_a_thirty_second_at_most(lengths, share):
     ],
 )
 def test_letters_are_counted_by_the_script_they_belong_to(text, scripts):
-    assert letters_by_script(text) == scripts
+    around = [[{"role": "user", "content": other}] for other in ("", "abc", text, "", "дом")]
+    told = describe(around)
+    expected = Counter(scripts) + Counter(Latin=3, Cyrillic=3)
+    assert told.letters == expected
+    assert told.script_rows == Counter(list(scripts)) + Counter(["Latin", "Cyrillic"])
 
 
 def test_text_that_is_not_whole_characters_is_described_all_the_same():
-    assert letters_by_script("a\ud800b") == {"Latin": 2}
+    assert describe([[{"role": "user", "content": "a\ud800b"}]]).letters == {"Latin": 2}
     assert script_of("\ud800") is None
