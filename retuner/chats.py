@@ -52,7 +52,7 @@ MEAN_BLOCK_BYTES = 2**18
 MAX_BLOCK_BYTES = 2**20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chat:
     """Optional system, then user and assistant in turn, ending in assistant; its row starts at `line`.
 

@@ -290,7 +290,7 @@ def conversation(turns: list[Turn]) -> Messages:
         if role != expected and (role != "system" or messages):
             raise Problem("wrong_order", f"{place} is {role}, where {expected} should speak")
         messages.append({"role": role, "content": text(said, place)})
-        if role == "assistant" and messages[-2:] == messages[-4:-2]:
+        if role == "assistant" and len(messages) > 3 and messages[-2:] == messages[-4:-2]:
             raise Problem(
                 "duplicate_turn", f"{place} and the question before it repeat the two turns before them"
             )

@@ -1,10 +1,11 @@
 """What is asked of every model: per group the context of a last answer, and the answers known to it."""
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import dropwhile, groupby
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_json
 
 from retuner.chat_lines import Chat, ChatLines
 from retuner.row_memo import Places, RowMemo
@@ -16,7 +17,7 @@ def write_prompts(
     """One line for each group whose prompt fits into `max_tokens`, in their order: `group`, `messages`, `prompt_ids`,
     `references`. Returns how many, and of how many the prompt does not fit."""
     count = too_long = 0
-    with path.open("w", encoding="utf-8", newline="\n") as prompts:
+    with path.open("wb") as prompts:
         for group, members in groupby(
             _with_prompts(lines, rows, places), key=lambda member: member[0]["group"]
         ):
@@ -24,8 +25,7 @@ def write_prompts(
             if len(asked["prompt_ids"]) > max_tokens:
                 too_long += 1
                 continue
-            line = {"group": group, **asked}
-            prompts.write(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
+            prompts.write(to_json({"group": group, **asked}) + b"\n")
             count += 1
     return count, too_long
 

@@ -266,8 +266,9 @@ def spelled_row(
     group: str, id: str, messages: Iterable[dict[str, str]], rejected: str | None = None
 ) -> bytes:
     """A line of train.jsonl or held_out.jsonl: what json.dumps makes with sorted keys and no escapes, but faster."""
-    turns = b", ".join(
-        [b'{"content": %b, "role": "%b"}' % (to_json(m["content"]), m["role"].encode()) for m in messages]
-    )
+    turns = b", ".join([b'{"content": ' + to_json(m["content"]) + _ENDS[m["role"]] for m in messages])
     other = b"" if rejected is None else b', "rejected": ' + to_json(rejected)
     return b'{"group": "%b", "id": "%b", "messages": [%b]%b}\n' % (group.encode(), id.encode(), turns, other)
+
+
+_ENDS = {role: f', "role": "{role}"}}'.encode() for role in ("system", "user", "assistant")}

@@ -35,7 +35,7 @@ class Problem(Exception):
         self.cause, self.message, self.offset = cause, message, offset
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RawRow:
     """A row as it lies in its file, where it begins, and what is already known to be wrong with it."""
 

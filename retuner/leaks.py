@@ -80,17 +80,11 @@ class Sharing:
         return found
 
 
-def sharing_runs(rows: Ordered, usable: Any, folder: Path) -> dict[int, Sharing]:
-    """By the length of runs, SHORT and LONG. Boilerplate is what stands in too many of the usable train rows."""
-    runs = _Runs(rows, usable, folder)
-    try:
-        return {size: runs.sharing(size) for size in (SHORT, LONG)}
-    finally:
-        runs.close()
+class Runs:
+    """The runs of words of the held-out side, and those of train that may be among them, on disk by their hashes.
 
-
-class _Runs:
-    """The runs of words of the held-out side, and those of train that may be among them, on disk by their hashes."""
+    Boilerplate is what stands in too many of the train rows that are usable at the beginning.
+    """
 
     def __init__(self, rows: Ordered, usable: Any, folder: Path):
         self.count = len(rows)
@@ -106,6 +100,7 @@ class _Runs:
             self._add(self.train, self._passes, numbers, words_, counts)
 
     def sharing(self, size: int) -> Sharing:
+        """For runs of SHORT or LONG words."""
         least: Any = np.full(self.count, NOBODY, np.int32)
         held_out, train = self.held_out[size], self.train[size]
         several = parts_at_once((held_out.count + train.count) * RUN.itemsize, MATCHED_BYTES)

@@ -31,7 +31,7 @@ def names_of(
     contents = contents or folded([turn["content"] for turn in messages])
     roles = [turn["role"] for turn in messages]
     said = [f"{turn['role']}\n{turn['content']}" for turn in messages]
-    alike = [b"%b\n%b" % (role.encode(), content) for role, content in zip(roles, contents, strict=True)]
+    alike = [_BEGINS[role] + content for role, content in zip(roles, contents, strict=True)]
     asked = alike[: roles.index("assistant")] if "assistant" in roles else alike
     group, talk = _digest(asked), _digest(alike)
     if rejected is None:
@@ -95,6 +95,9 @@ _FOLDED = bytes(
 """What casefold and split make of ASCII."""
 WORTH_CHARACTERS = 4096
 """From here on it is faster to fold all texts at once."""
+
+
+_BEGINS = {role: f"{role}\n".encode() for role in ("system", "user", "assistant")}
 
 
 def _digest_of(parts: list[str]) -> bytes:

@@ -48,14 +48,12 @@ def template_pairs(
     check = ReferenceCheck(renderer)
     train, held_out = (PairSide(name, splits.path / f"{name}.jsonl") for name in ("train", "held_out"))
     answers = [*train.answers, *held_out.answers]
-    total, before, new = sum(len(each.lines) for each in answers), 0, 0
-    check.first(train.chosen.lines)
     for each in answers:
         each.places = rows.find(each.lines.ids)
-        new += each.missing
-        for done in add_missing(renderer, rows, each):
-            observer.progress("rows templated", before + done, total)
-        before += len(each.lines)
+    total, new = sum(len(each.lines) for each in answers), sum(each.missing for each in answers)
+    check.first(train.chosen.lines)
+    for done in add_missing(renderer, rows, answers):
+        observer.progress("rows templated", done, total)
     rows.flush()
     if new < total:
         observer.say(f"template: {total - new:,} of {total:,} answers were tokenised before, {new:,} are new")

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from retuner.errors import Refused
-from retuner.leaks import LONG, SHORT, same, sharing_runs
+from retuner.leaks import LONG, SHORT, Runs, Sharing, same
 from retuner.near import SHOWN, Found, find_near
 from retuner.params import PrepareParams
 from retuner.redaction import redacted
@@ -51,12 +52,14 @@ def separate(rows: Ordered, folder: Path, params: PrepareParams, sides: Sequence
     for kind, field_ in (("exact", "talk"), ("same_prompt", "prompt")):
         _deal_with(made, kind, same(rows, field_, ~made.removed), params, shown)
     similarity = params.near_duplicates.similarity
-    with ThreadPoolExecutor(1) as beside:
-        sharing = beside.submit(sharing_runs, rows, ~made.removed, folder)
+    with ThreadPoolExecutor(2) as beside:
+        runs = beside.submit(Runs, rows, ~made.removed, folder)
+        sharing = {size: beside.submit(_sharing, runs, size) for size in (LONG, SHORT)}
         near = find_near(rows, similarity, ~made.removed) if similarity else None
         _deal_with(made, "near", near.leaks if near else Found(np.zeros(len(rows), bool)), params, shown)
-        for kind, size in (("ngram_13", LONG), ("ngram_8", SHORT)):
-            _deal_with(made, kind, sharing.result()[size].of(~made.removed), params, shown)
+        with closing(runs.result()):
+            for kind, size in (("ngram_13", LONG), ("ngram_8", SHORT)):
+                _deal_with(made, kind, sharing[size].result().of(~made.removed), params, shown)
     _deal_with_clusters(made, rows, near.clusters if near else None, params, shown)
     if made.refusals:
         raise Refused(
@@ -65,6 +68,10 @@ def separate(rows: Ordered, folder: Path, params: PrepareParams, sides: Sequence
             "take those rows out of the data, or set the kind to remove (from train) or report",
         )
     return made
+
+
+def _sharing(runs: "Future[Runs]", size: int) -> Sharing:
+    return runs.result().sharing(size)
 
 
 @dataclass(frozen=True)

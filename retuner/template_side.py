@@ -47,6 +47,14 @@ class Side:
 
         return int(np.diff(self.lines.bounds)[self.places.file == MISSING].sum())
 
+    def look_again(self, rows: RowMemo) -> None:
+        """For rows that the memo did not hold."""
+        import numpy as np
+
+        missing = np.flatnonzero(self.places.file == MISSING)
+        found = rows.find(self.lines.ids[missing])
+        self.places.file[missing], self.places.row[missing] = found.file, found.row
+
     def measure(self, rows: RowMemo, params: TemplateParams) -> None:
         """Decide which rows are used. A row that is cut keeps loss on whole answers only: an answer without its
         stop token would teach the model to stop in the middle. Without a whole answer it is left out."""

@@ -23,7 +23,7 @@ from retuner.params import TemplateParams
 from retuner.rendering import Renderer
 from retuner.row_memo import MISSING, Places, RowMemo
 from retuner.template_side import Side, chat_name
-from retuner.templating_ahead import Helped, TemplatingAhead
+from retuner.templating_ahead import Batches, Helped, TemplatingAhead
 from retuner.token_rows import TokenRows
 
 if TYPE_CHECKING:
@@ -60,9 +60,8 @@ def template(
         renderer = Renderer(load_tokenizer(base.path))
         check = ReferenceCheck(renderer)
         check.first(train.lines)
-        for side, before in ((train, 0), (held_out, len(train.lines))):
-            for done in add_missing(renderer, rows, side, ahead):
-                observer.progress("rows templated", before + done, total)
+        for done in add_missing(renderer, rows, (train, held_out), ahead):
+            observer.progress("rows templated", done, total)
     rows.flush()
     if new < total:
         observer.say(f"template: {total - new:,} of {total:,} rows were tokenised before, {new:,} are new")
@@ -98,33 +97,39 @@ def template(
 
 
 def add_missing(
-    renderer: Renderer, rows: RowMemo, side: Side, ahead: TemplatingAhead | None = None
+    renderer: Renderer, rows: RowMemo, sides: Sequence[Side], ahead: TemplatingAhead | None = None
 ) -> Iterator[int]:
     """Tokenise what the memo does not hold; tells how many rows are done, those it holds included."""
-    import numpy as np
-
-    missing = np.flatnonzero(side.places.file == MISSING)
-    done = len(side.lines) - len(missing)
+    total = sum(len(side.lines) for side in sides)
+    done = total - sum(side.missing for side in sides)
     yield done
-    batches = deque(side.lines.batches(missing))
-    taking = ahead.taking(renderer, side.lines, batches) if ahead else nullcontext(Helped())
+    batches: Batches = deque(_missing(sides))
+    taking = ahead.taking(renderer, batches) if ahead else nullcontext(Helped())
     with taking as helped:
-        for numbers in _each(batches):
+        for side, numbers in _each(batches):
             _add(renderer, rows, side, numbers)
             done += len(numbers)
             yield done + helped.rows
     if helped.files:
         rows.flush()
         rows.take_in(helped.files)
-        missing = missing[side.places.file[missing] == MISSING]
-        found = rows.find(side.lines.ids[missing])
-        side.places.file[missing], side.places.row[missing] = found.file, found.row
-    for numbers in side.lines.batches(missing[side.places.file[missing] == MISSING]):
+        for side in sides:
+            side.look_again(rows)
+    for side, numbers in _missing(sides):
         _add(renderer, rows, side, numbers)
-    yield len(side.lines)
+    yield total
 
 
-def _each(batches: "deque[NDArray[Any]]") -> "Iterator[NDArray[Any]]":
+def _missing(sides: Sequence[Side]) -> "Iterator[tuple[Side, NDArray[Any]]]":
+    """Batches of the rows that the memo does not hold."""
+    import numpy as np
+
+    for side in sides:
+        for numbers in side.lines.batches(np.flatnonzero(side.places.file == MISSING)):
+            yield side, numbers
+
+
+def _each(batches: Batches) -> "Iterator[tuple[Side, NDArray[Any]]]":
     """From the front, until there is none: others take from the end."""
     with suppress(IndexError):
         while True:

@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from retuner.chat_lines import ChatLines, read_runs
+from retuner.chat_lines import read_runs
 from retuner.encoding import ChatEncoder
 from retuner.errors import Refused
 from retuner.helper_process import KEEPS_MEMORY, HelperProcess
@@ -27,11 +27,13 @@ from retuner.row_memo import RowWriter
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from retuner.template_side import Side
+
 WORTH_BYTES = 2**23
 """So much takes longer to tokenise than a helper takes to start."""
 
-Batches = deque["NDArray[Any]"]
-"""Numbers of rows, rising."""
+Batches = deque[tuple["Side", "NDArray[Any]"]]
+"""Rows of a side, by their numbers, rising."""
 
 
 class TemplatingAhead:
@@ -51,11 +53,11 @@ class TemplatingAhead:
             helper.end()
 
     @contextmanager
-    def taking(self, renderer: Renderer, lines: ChatLines, batches: Batches) -> Iterator["Helped"]:
+    def taking(self, renderer: Renderer, batches: Batches) -> Iterator["Helped"]:
         """Helpers take batches from the end of `batches` until it is empty; at the end of the block their rows are in
         files of the memo."""
         helped = Helped()
-        arguments = renderer, lines, batches, helped
+        arguments = renderer, batches, helped
         threads = [Thread(target=helper.work, args=arguments) for helper in self._helpers]
         for thread in threads:
             thread.start()
@@ -84,7 +86,7 @@ class _Helper(HelperProcess):
         self.memo = memo
         self.is_ready = False
 
-    def work(self, renderer: Renderer, lines: ChatLines, batches: Batches, helped: Helped) -> None:
+    def work(self, renderer: Renderer, batches: Batches, helped: Helped) -> None:
         """Until there is no batch left, or the helper is gone; then its rows are written."""
         self.template = renderer.template
         if not self.is_ready:
@@ -93,10 +95,10 @@ class _Helper(HelperProcess):
             self.is_ready = self._answer() is not None
         while self.is_ready:
             try:
-                rows = batches.pop()
+                side, rows = batches.pop()
             except IndexError:
                 break
-            self.tell({"path": str(lines.path.absolute()), "runs": lines.runs(rows)})
+            self.tell({"path": str(side.lines.path.absolute()), "runs": side.lines.runs(rows)})
             if self._answer() is None:
                 return
             helped.rows += len(rows)

@@ -119,13 +119,15 @@ from retuner import templating_ahead
 from retuner.base import load_tokenizer
 from retuner.chat_lines import ChatLines
 from retuner.rendering import Renderer
+from retuner.template_side import Side
 
 base, path, memo = map(Path, sys.argv[1:])
 templating_ahead.WORTH_BYTES = 0
-lines = ChatLines(path)
+side = Side("train", ChatLines(path))
 renderer = Renderer(load_tokenizer(base))
 with templating_ahead.TemplatingAhead(memo, missing_bytes=1, helpers=2) as ahead:
-    with ahead.taking(renderer, lines, deque(lines.batches(np.arange(len(lines))))) as helped:
+    batches = deque((side, each) for each in side.lines.batches(np.arange(len(side.lines))))
+    with ahead.taking(renderer, batches) as helped:
         while not helped.rows:
             pass
         print("read", flush=True)
