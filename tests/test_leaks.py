@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -116,6 +117,37 @@ def test_a_run_that_stands_in_more_than_ten_train_rows_is_boilerplate(stage):
 
     assert leaks(10)["ngram_13"] == leaks(10)["ngram_8"] == 10
     assert leaks(11)["ngram_13"] == leaks(11)["ngram_8"] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_are_found_as_by_looking_at_every_run_of_every_row(stage, seed):
+    draw = random.Random(seed)
+    texts = [" ".join(draw.choices("abc", k=draw.randrange(1, 30))) for _ in range(40)]
+
+    def said() -> str:
+        return " ".join(draw.choices(texts, k=draw.randrange(1, 4)))
+
+    rows = [{"prompt": f"p{number} {said()}", "completion": said()} for number in range(300)]
+    facts = stage({"x.jsonl": rows}, leaks=REPORT, held_out_fraction=0.1)
+    for size, kind in ((8, "ngram_8"), (13, "ngram_13")):
+        train, held_out = (
+            [(row["id"], runs_of(row, size)) for row in stage.rows(side)] for side in ("train", "held_out")
+        )
+        counts = Counter(run for _, runs in train for run in runs)
+        sharing = []
+        for id, runs in train:
+            rare = {run for run in runs if counts[run] <= 10}
+            if others := [other for other, its in held_out if its & rare]:
+                sharing.append({"train": id, "held_out": others[0]})
+        assert 0 < len(sharing) < len(train)
+        assert facts.leaks[kind] == len(sharing)
+        examples = stage.report["leaks"][kind]["examples"]
+        assert [{key: each[key] for key in ("train", "held_out")} for each in examples] == sharing[:5]
+
+
+def runs_of(row: dict, size: int) -> set[tuple[str, ...]]:
+    words = " ".join(turn["content"] for turn in row["messages"]).split()
+    return {tuple(words[at : at + size]) for at in range(len(words) - size + 1)}
 
 
 def test_what_only_a_system_prompt_shares_is_no_run(stage):
