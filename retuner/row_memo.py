@@ -112,7 +112,7 @@ class RowMemo:
         """One number a row: `tokens`, `stripped` or `plain`. All rows must be there."""
         import numpy as np
 
-        values: Any = np.zeros(len(places.file), np.int64)
+        values: Any = np.zeros(len(places.file), np.int32)
         for file, here in self._parts(places):
             values[here] = getattr(file, name)[places.row[here]]
         return values
@@ -121,10 +121,10 @@ class RowMemo:
         """Tokens of each row that carry loss, in spans that end within its first `at_most` tokens."""
         import numpy as np
 
-        values: Any = np.zeros(len(places.file), np.int64)
+        values: Any = np.zeros(len(places.file), np.int32)
         for file, here in self._parts(places):
             lengths = np.where(file.spans[:, 1] <= at_most, file.spans[:, 1] - file.spans[:, 0], 0)
-            sums = np.concatenate([[0], np.cumsum(lengths)])[file.span_offsets]
+            sums = np.concatenate([[0], np.cumsum(lengths)])[file.span_offsets()]
             values[here] = np.diff(sums)[places.row[here]]
         return values
 
@@ -132,10 +132,10 @@ class RowMemo:
         """The sequence of roles of each row, as a number, and what the numbers mean."""
         import numpy as np
 
-        values: Any = np.zeros(len(places.file), np.int64)
+        values: Any = np.zeros(len(places.file), np.int32)
         names: dict[str, int] = {}
         for file, here in self._parts(places):
-            meant = np.array([names.setdefault(name, len(names)) for name in file.role_names], np.int64)
+            meant = np.array([names.setdefault(name, len(names)) for name in file.role_names], np.int32)
             values[here] = meant[file.roles[places.row[here]]]
         return values, list(names)
 
@@ -161,8 +161,9 @@ class RowMemo:
         for a, b in zip(first.tolist(), last.tolist(), strict=True):
             file, start, end = self.files[places.file[a]], places.row[a], places.row[b]
             ids.append(file.input_ids[file.offsets[start] : file.offsets[end] + lengths[b]])
-            spans.append(file.spans[file.span_offsets[start] : file.span_offsets[end + 1]])
-            counts.append(np.diff(file.span_offsets[start : end + 2]))
+            of_rows = file.span_offsets(start, end + 1)
+            spans.append(file.spans[of_rows[0] : of_rows[-1]])
+            counts.append(np.diff(of_rows))
         flat_spans, row_spans = np.concatenate(spans), np.concatenate(counts)
         row: Any = np.repeat(np.arange(len(lengths)), row_spans)
         if (whole := flat_spans[:, 1] <= at_most).all():
@@ -230,14 +231,25 @@ class RowFile:
 
         self.ids = numbers(batch.column("id").buffers()[1], np.uint8)[: 16 * rows].reshape(-1, 16)
         self.offsets, self.input_ids = listed("input_ids")
-        self.span_offsets, flat = listed("spans")
-        self.span_offsets, self.spans = self.span_offsets // 2, flat.reshape(-1, 2)
-        self.tokens = np.diff(self.offsets)
+        self._span_bounds, flat = listed("spans")
+        self.spans = flat.reshape(-1, 2)
         self.stripped = numbers(batch.column("stripped").buffers()[1], np.int32)[:rows]
         self.plain = numbers(batch.column("plain").buffers()[1], np.int8)[:rows]
         roles = batch.column("roles")
         self.roles = numbers(roles.indices.buffers()[1], np.int32)[:rows]
         self.role_names = [str(name) for name in roles.dictionary]
+
+    # Not kept: nothing but what is mapped grows with the rows.
+
+    @property
+    def tokens(self) -> "NDArray[Any]":
+        import numpy as np
+
+        return np.diff(self.offsets)
+
+    def span_offsets(self, first: int = 0, last: int | None = None) -> "NDArray[Any]":
+        """Where in `spans` those of each row begin, from row `first` to `last`, all rows without, and the last end."""
+        return self._span_bounds[first : None if last is None else last + 1] // 2
 
 
 class RowWriter:

@@ -177,7 +177,7 @@ class Parted:
 
 
 class Ordered:
-    """Rows in their final order, numbered from 0: heads and sketches on disk, in memory 14 bytes a row.
+    """Rows in their final order, numbered from 0: heads and sketches on disk, in memory 18 bytes a row.
 
     `sides` says for each row where it belongs: 0 is train, 1 held-out, more are held-out sets of earlier versions.
     """
@@ -195,6 +195,8 @@ class Ordered:
         self.words_at: Any = None
         self.word_counts: Any = None
         """How many words each row has."""
+        self.as_they_lie: Any = None
+        """The numbers of the rows in the order of their words on disk."""
 
     def add(self, heads: Any, sides: Any) -> None:
         lean = heads.view(np.uint8).reshape(len(heads), HEAD.itemsize)[:, : LEAN.itemsize]
@@ -211,8 +213,9 @@ class Ordered:
         for file in self._files:
             file.flush()
         self.bodies.finish()
-        self.sides = np.fromfile(self.sides_file.name, "<u2")
         self.words_at = np.fromfile(self.words_file.name, "<i8")
+        self.as_they_lie = np.argsort(self.words_at).astype(np.int32)
+        self.sides = np.fromfile(self.sides_file.name, "<u2")
         self.word_counts = np.fromfile(self.counts_file.name, "<u4")
 
     def __len__(self) -> int:
@@ -257,10 +260,11 @@ class Ordered:
     def all_words(self, which: Any) -> Iterator[tuple[Any, Any, Any]]:
         """Of the rows for which `which` is true some at a time, in no order that means anything: their numbers, their
         words, and how many each has."""
-        numbers = np.flatnonzero(which)
-        numbers = numbers[np.argsort(self.words_at[numbers])]  # as they lie on disk
-        for some in portions(self.word_counts[numbers], CHUNK_WORDS):
-            yield numbers[some], *self.words(numbers[some])
+        for first in range(0, len(self), CHUNK_ROWS):
+            numbers = self.as_they_lie[first : first + CHUNK_ROWS]
+            numbers = numbers[which[numbers]]
+            for some in portions(self.word_counts[numbers], CHUNK_WORDS):
+                yield numbers[some], *self.words(numbers[some])
 
     def close(self) -> None:
         for file in self._files:

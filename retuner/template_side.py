@@ -60,7 +60,7 @@ class Side:
         stop token would teach the model to stop in the middle. Without a whole answer it is left out."""
         import numpy as np
 
-        self.lengths = rows.column("tokens", self.places).astype(np.int32)
+        self.lengths = rows.column("tokens", self.places)
         supervised = rows.supervised(self.places, params.max_tokens)
         fits = self.lengths <= params.max_tokens
         if params.too_long == "truncate":
@@ -70,9 +70,9 @@ class Side:
         else:
             used = fits
             self.left_out[f"{self.name}_too_long"] += int((~used).sum())
-        self.kept = np.flatnonzero(used)
+        self.kept = np.flatnonzero(used).astype(np.int32)
         self.kept_tokens = np.minimum(self.lengths[self.kept], params.max_tokens)
-        self.supervised = int(supervised[self.kept].sum())
+        self.supervised = int(supervised[used].sum())
         self.stripped = int(np.count_nonzero(rows.column("stripped", self.places)))
 
     @property
@@ -113,8 +113,9 @@ class Side:
         import numpy as np
 
         histogram = Lengths()
-        for tokens, times in zip(*(each.tolist() for each in np.unique_counts(self.lengths)), strict=True):
-            histogram.add(tokens, times)
+        for tokens, times in enumerate(np.bincount(self.lengths).tolist()):
+            if times:
+                histogram.add(tokens, times)
         return {
             "rows": self.rows,
             "tokens": self.tokens,

@@ -67,6 +67,7 @@ def template(
         observer.say(f"template: {total - new:,} of {total:,} rows were tokenised before, {new:,} are new")
     for side in (train, held_out):
         side.measure(rows, params)
+        rows.let_go()
         check.others(side.lines, rows, side.places)
         rows.let_go()
     if params.too_long == "refuse":
@@ -179,10 +180,12 @@ class ReferenceCheck:
         plain = rows.column("plain", places).astype(bool)
         if self._early and self._early[0] is lines:
             plain[: self._early[1]] = False
-        numbers = np.flatnonzero(plain)
+        numbers = np.flatnonzero(plain).astype(np.int32)
         roles, names = rows.roles(places)
-        of_each = numbers[np.unique(roles[numbers], return_index=True)[1]]
-        wanted = [number for number in of_each if names[roles[number]] not in self.roles]
+        first: Any = np.full(len(names), MISSING, np.int32)
+        first[roles[numbers][::-1]] = numbers[::-1]  # of equal places the last one written stays
+        of_each = zip(first.tolist(), names, strict=True)
+        wanted = [number for number, name in of_each if number != MISSING and name not in self.roles]
         wanted += numbers[: max(0, CHECKED_ROWS - self.checked)].tolist()
         self._check(lines.read(np.unique(np.array(wanted, np.int64))))
 
