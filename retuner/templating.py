@@ -180,7 +180,7 @@ class ReferenceCheck:
         plain = rows.column("plain", places).astype(bool)
         if self._early and self._early[0] is lines:
             plain[: self._early[1]] = False
-        numbers = np.flatnonzero(plain).astype(np.int32)
+        numbers: Any = np.flatnonzero(plain).astype(np.int32)
         roles, names = rows.roles(places)
         first: Any = np.full(len(names), MISSING, np.int32)
         first[roles[numbers][::-1]] = numbers[::-1]  # of equal places the last one written stays
