@@ -28,6 +28,8 @@ MOST_SPARE_FILES = 32
 """Rows are written anew, together, when they lie in so many more files than they would fill,"""
 MOST_UNUSED = 4
 """or when the memo holds this many times what is in use."""
+FOUND_AT_ONCE = 2**16
+"""Ids that are looked for together."""
 DRAFT_SECONDS = 3600
 """A draft this old is nobody's."""
 MISSING = -1
@@ -70,19 +72,22 @@ class RowMemo:
         import numpy as np
 
         places = Places(np.full(len(ids), MISSING, np.int32), np.zeros(len(ids), np.int32))
-        held = np.concatenate([np.zeros((0, 16), np.uint8), *(file.ids for file in self.files)])
-        if not len(held) or not len(ids):
+        if not self.files or not len(ids):
             return places
         # Ids are digests, so eight of their bytes are enough to find one, and all sixteen to know it.
-        keys = np.ascontiguousarray(held[:, :8]).view(np.uint64).ravel()
-        order: Any = np.argsort(keys)
-        asked = np.ascontiguousarray(ids[:, :8]).view(np.uint64).ravel()
-        at: Any = order[np.searchsorted(keys, asked, sorter=order).clip(max=len(keys) - 1)]
-        is_there = (held[at] == ids).all(axis=1)
+        keys = np.concatenate([_keys(file.ids) for file in self.files])
+        order = np.argsort(keys).astype(np.int32)
+        keys = keys[order]
         begins: Any = np.cumsum([0, *(len(file.ids) for file in self.files)])
-        file: Any = np.searchsorted(begins, at, side="right") - 1
-        places.file[is_there] = file[is_there]
-        places.row[is_there] = (at - begins[file])[is_there]
+        for first in range(0, len(ids), FOUND_AT_ONCE):
+            asked = ids[first : first + FOUND_AT_ONCE]
+            at: Any = order[np.searchsorted(keys, _keys(asked)).clip(max=len(keys) - 1)]
+            file: Any = np.searchsorted(begins, at, side="right") - 1
+            row = at - begins[file]
+            for number in np.unique(file).tolist():
+                here = np.flatnonzero(file == number)
+                here = here[(self.files[number].ids[row[here]] == asked[here]).all(axis=1)]
+                places.file[first + here], places.row[first + here] = number, row[here]
         return places
 
     def add(
@@ -279,6 +284,12 @@ class RowWriter:
             return []
         waiting, self._waiting, self._rows, self._bytes = self._waiting, [], 0, 0
         return [_publish(self.folder, waiting)]
+
+
+def _keys(ids: "NDArray[Any]") -> "NDArray[Any]":
+    import numpy as np
+
+    return np.ascontiguousarray(ids[:, :8]).view(np.uint64).ravel()
 
 
 def _publish(folder: Path, parts: Sequence[tuple[Any, ...]]) -> RowFile:
