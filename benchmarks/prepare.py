@@ -253,7 +253,8 @@ def run_side(side: str, folder: Path, place: Path, tokenizer_folder: Path) -> No
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(tokenizer_folder)
     if side == "Rust":
-        texts = [message["content"] for line in file.open() for message in json.loads(line)["messages"]]
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+        texts = [message["content"] for line in lines for message in json.loads(line)["messages"]]
         rust(texts[:200], tokenizer)
         began = time.perf_counter()
         rust(texts, tokenizer)

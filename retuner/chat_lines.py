@@ -86,7 +86,10 @@ def read_runs(path: Path, runs: Iterable[tuple[int, int]]) -> list[Chat]:
     with path.open("rb") as file:
         for start, end in runs:
             lines = os.pread(file.fileno(), end - start, start).split(b"\n")
-            chats += [from_json(line) for line in lines if line]
+            try:
+                chats += [from_json(line) for line in lines if line]
+            except ValueError as error:
+                raise _not_ours(path, f"a line is not JSON ({error})") from None
     return chats
 
 

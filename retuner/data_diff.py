@@ -4,7 +4,7 @@ whole shifted in length, in roles and in words."""
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from retuner.preferences import said_in
 
 SHOWN = 5
 SHOWN_WORDS = 12
+DESCRIBED_AT_ONCE = 256
 START_CHARACTERS = 160
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9, "longest": 1.0}
@@ -199,15 +200,20 @@ def _parts(a: Mapping[str, int], b: Mapping[str, int]) -> Iterator[tuple[str, fl
 
 def _read(name: str, files: Iterable[DataFile], read: Read) -> Reading:
     found = Reading()
+    described: list[Sequence[Mapping[str, str]]] = []
     for row in _rows(name, files, read):
         if isinstance(row, BadRow):
             found.rejected[row.cause] += 1
             continue
         messages = said_in(row.messages, row.rejected)
-        found.description.add_all([messages])
+        described.append(messages)
+        if len(described) == DESCRIBED_AT_ONCE:
+            found.description.add_all(described)
+            described = []
         found.rows[_row(row)] += 1
         for message in messages:
             found.words.update(WORD.findall(message["content"].casefold()))
+    found.description.add_all(described)
     return found
 
 

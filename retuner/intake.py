@@ -223,7 +223,7 @@ class _Making:
                 return
         self.chats.append(row)
         self.lines.append(line)
-        self.characters += sum([len(turn["content"]) for turn in row.messages])
+        self.characters += sum([len(turn["content"]) for turn in row.messages]) + len(row.rejected or "")
 
     def made(self) -> Segment:
         contents = folded([turn["content"] for chat in self.chats for turn in chat.messages])

@@ -169,11 +169,11 @@ def parse(row: RawRow) -> dict[str, Any]:
 def _nothing_wrong(raw: bytes) -> dict[str, Any] | None:
     """The object of a row of which it is quickly shown that nothing is wrong with it; None of most others.
 
-    A key ends with a quote, white space or none, and a colon. Text may hold these too, but nothing else can make them
-    fewer than the keys that the row spells. So when they are as many as the keys of the object and of the
-    objects in its lists, no key stands twice and there are no objects below these.
+    A key ends with a quote, white space or none, and a colon. Each key that is spelled gives one such place, and text
+    may give more. So when there are as many as the object and the objects in its lists have keys, no key stands twice,
+    and below these are no objects but empty ones: three may lie within one another, besides lists.
     """
-    if raw.count(b"[") > MAX_DEPTH - 2:
+    if raw.count(b"[") > MAX_DEPTH - 3:
         return None
     try:
         value = from_json(raw, allow_inf_nan=False)

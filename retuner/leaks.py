@@ -73,7 +73,7 @@ class Sharing:
     least: Any
 
     def of(self, usable: Any) -> Found:
-        """Those of the rows that are usable."""
+        """The usable train rows among them."""
         found = Found((self.least != NOBODY) & usable)
         first = np.flatnonzero(found.flags)[:SHOWN]
         found.examples = list(zip(first.tolist(), self.least[first].tolist()))
@@ -83,7 +83,7 @@ class Sharing:
 class Runs:
     """The runs of words of the held-out side, and those of train that may be among them, on disk by their hashes.
 
-    Boilerplate is what stands in too many of the train rows that are usable at the beginning.
+    Boilerplate is what stands in too many train rows, those not counted that `usable` leaves out.
     """
 
     def __init__(self, rows: Ordered, usable: Any, folder: Path):
@@ -132,18 +132,17 @@ class Runs:
         self, side: dict[int, Records], chosen: Callable[[Any], Any], rows: Any, words: Any, counts: Any
     ) -> None:
         """`chosen` says for hashes of runs of eight which of them to keep."""
+        if len(words) < SHORT:
+            return
         # Sums of words times powers of an odd number, modulo 2^64: of 2 words, of 4, of 8.
         sums = [words.astype(np.uint64)]
         for reach in (1, 2, 4):
             left, right = sums[-1][:-reach], sums[-1][reach:]
             sums.append(left * _times(reach) + right)
-        if len(words) < SHORT:
-            return
         ends = np.cumsum(counts)
         short = _mixed(sums[3])
         whole: Any = np.ones(len(words), bool)
-        at = _behind(ends, SHORT)
-        whole[at] = False
+        whole[_behind(ends, SHORT)] = False
         at = np.flatnonzero(whole[: len(short)])
         at = at[chosen(short[at])]
         row: Any = np.repeat(np.arange(len(counts)), counts)[at]
@@ -166,6 +165,7 @@ class Runs:
         return hashes >> self.shift, (_ONE << low) | (_ONE << high)
 
     def _let_pass(self, hashes: Any) -> Any:
+        """From now on; and of the held-out side's own all are kept."""
         words, bits = self._bits(hashes)
         np.bitwise_or.at(self.filter, words, bits)
         return np.ones(len(hashes), bool)

@@ -66,7 +66,9 @@ def find_near(rows: Ordered, similarity: float, usable: Any) -> Near:
             _mark_leaks(compare, keys, members, train, leaks)
             sizes = np.searchsorted(keys, keys, "right") - np.searchsorted(keys, keys)
             crowded[members[sizes > WINDOW]] |= np.uint32(1 << band)
-    return Near(_roots(parents, np.arange(len(rows))), leaks)
+    for some in _portions(len(rows)):
+        parents[some] = _roots(parents, np.arange(some.start, min(some.stop, len(rows))))
+    return Near(parents, leaks)
 
 
 def _buckets(rows: Ordered, band: int, usable: Any) -> Iterator[tuple[Any, Any]]:

@@ -35,7 +35,7 @@ def order(parted: Parted, rows: Ordered, held_out: HeldOut) -> Duplicates:
 
 
 def write_lines(rows: Ordered, removed: Any, out: Path) -> None:
-    """train.jsonl, without the rows that are flagged, and held_out.jsonl."""
+    """train.jsonl, without the train rows that are flagged, and held_out.jsonl."""
     with (out / "train.jsonl").open("wb") as train, (out / "held_out.jsonl").open("wb") as held_out:
         for first, heads in rows.heads():
             last = first + len(heads)

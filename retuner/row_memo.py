@@ -244,7 +244,7 @@ class RowFile:
         self.roles = numbers(roles.indices.buffers()[1], np.int32)[:rows]
         self.role_names = [str(name) for name in roles.dictionary]
 
-    # Not kept: nothing but what is mapped grows with the rows.
+    # Made anew each time, so that a file that is open takes no memory but what is mapped.
 
     @property
     def tokens(self) -> "NDArray[Any]":
@@ -253,7 +253,8 @@ class RowFile:
         return np.diff(self.offsets)
 
     def span_offsets(self, first: int = 0, last: int | None = None) -> "NDArray[Any]":
-        """Where in `spans` those of each row begin, from row `first` to `last`, all rows without, and the last end."""
+        """Where in `spans` those of rows `first` to `last` begin, and where the last ones end. Without `last` of all
+        rows from `first` on."""
         return self._span_bounds[first : None if last is None else last + 1] // 2
 
 

@@ -23,8 +23,8 @@ HEAD = np.dtype(
         ("talk", "<u8"),  # of the conversation likewise
         ("words", "<u4"),  # how many
         ("line", "<u4"),  # bytes of the line, its newline included
-        ("words_at", "<u8"),  # where they begin in `Bodies`
-        ("line_at", "<u8"),
+        ("words_at", "<u8"),  # how many stand before them in `Bodies`
+        ("line_at", "<u8"),  # how many bytes of lines stand there before it
         ("bands", "<u4", (BANDS,)),  # the MinHash sketch, see retuner.sketch
     ]
 )
@@ -76,8 +76,8 @@ class Records:
         self.runs: list[tuple[int, Any]] = []  # where a run begins, in records; where its parts begin in it
         self.count = 0
 
-    def add(self, records: Any, parts: Any) -> Any:
-        """A run: its records are ordered by part, and the order is returned. `parts` are below PARTS."""
+    def add(self, records: Any, parts: Any) -> None:
+        """A run: its records are ordered by part. `parts` are below PARTS."""
         order = np.argsort(parts, kind="stable")
         begins: Any = np.zeros(PARTS + 1, np.int64)
         np.cumsum(np.bincount(parts, minlength=PARTS), out=begins[1:])
@@ -87,7 +87,6 @@ class Records:
         self.file.flush()
         self.runs.append((self.count, begins))
         self.count += len(records)
-        return order
 
     def part(self, part: int, parts: int = 1) -> Any:
         """The records of a part, or of several from it on; those of an earlier run first."""

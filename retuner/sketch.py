@@ -67,7 +67,7 @@ def _words_with_others(found: re.Match[bytes]) -> bytes:
 
 def word_hashes(texts: Sequence[bytes], rows: Sequence[int]) -> tuple[Any, Any]:
     """One uint32 a word of the texts, which are as `words_in` gives them, the same on every machine; and how many words
-    each row has, `rows` being the numbers of texts of each."""
+    each row has; `rows` says how many texts each row has."""
     padded = b"".join([b" ", b" ".join(texts), b" " * 8 * MOST_EIGHTS])
     letters = np.frombuffer(padded, np.uint8)
     is_space = letters == ord(" ")

@@ -14,6 +14,7 @@ from retuner.row_memo import MISSING, Places, RowMemo
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+COUNTED_AT_ONCE = 2**16
 SHOWN_ROWS = {"train": 16, "held_out": 4}
 
 
@@ -103,7 +104,7 @@ class Side:
         count = SHOWN_ROWS[self.name]
         every = max(1, len(self.lines) // count)
         # Of each stretch of rows the first that is used, and none twice.
-        numbers = np.unique(np.searchsorted(self.kept, np.arange(count) * every))
+        numbers = np.unique(np.searchsorted(self.kept, np.arange(count, dtype=np.int32) * every))
         for number in self.kept[numbers[numbers < len(self.kept)]]:
             row = rows.rows(self.places[number : number + 1], max_tokens)[0]
             yield ShownRow(self.name, self.lines.ids[number].tobytes().hex(), row.input_ids, row.labels)
@@ -112,10 +113,12 @@ class Side:
         """As `retuner.data_report.SideTokens`."""
         import numpy as np
 
+        counts: Any = np.zeros(self.longest_before + 1, np.int64)
+        for first in range(0, len(self.lengths), COUNTED_AT_ONCE):
+            counts += np.bincount(self.lengths[first : first + COUNTED_AT_ONCE], minlength=len(counts))
         histogram = Lengths()
-        for tokens, times in enumerate(np.bincount(self.lengths).tolist()):
-            if times:
-                histogram.add(tokens, times)
+        for tokens in np.flatnonzero(counts).tolist():
+            histogram.add(tokens, int(counts[tokens]))
         return {
             "rows": self.rows,
             "tokens": self.tokens,

@@ -182,10 +182,10 @@ class ReferenceCheck:
             plain[: self._early[1]] = False
         numbers: Any = np.flatnonzero(plain).astype(np.int32)
         roles, names = rows.roles(places)
-        first: Any = np.full(len(names), MISSING, np.int32)
+        first: Any = np.full(len(names), -1, np.int32)
         first[roles[numbers][::-1]] = numbers[::-1]  # of equal places the last one written stays
         of_each = zip(first.tolist(), names, strict=True)
-        wanted = [number for number, name in of_each if number != MISSING and name not in self.roles]
+        wanted = [number for number, name in of_each if number >= 0 and name not in self.roles]
         wanted += numbers[: max(0, CHECKED_ROWS - self.checked)].tolist()
         self._check(lines.read(np.unique(np.array(wanted, np.int64))))
 

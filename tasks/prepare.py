@@ -14,7 +14,12 @@ from tasks.step import Step
 
 def prepare(run: RunContext, dataset: Dataset, params: PrepareParams) -> Step[SplitsFacts]:
     """Read, validate, redact, de-duplicate and split the chats, and keep train and held-out apart."""
-    libraries = ("numpy", "pyarrow", *(("detect-secrets", "phonenumbers") if params.redact else ()))
+    libraries = (
+        "numpy",
+        "pyarrow",
+        "pydantic-core",
+        *(("detect-secrets", "phonenumbers") if params.redact else ()),
+    )
     sets = run.held_out_sets
 
     def build(out: Path, work: Path) -> SplitsFacts:

@@ -16,7 +16,7 @@ def template(run: RunContext, splits: Splits, base: Base, params: TemplateParams
     # the base takes is no part of the result either, so it is asked whether or not there is one.
     templating.check_room(base, params)
     tokenizer = {"tokenizer": base.facts.tokenizer_sha256, "template": base.facts.template_sha256}
-    libraries = ("jinja2", "numpy", "pyarrow", "tokenizers", "transformers")
+    libraries = ("jinja2", "numpy", "pyarrow", "pydantic-core", "tokenizers", "transformers")
 
     def build(out: Path, work: Path) -> ChatsFacts:
         # What one row becomes depends on this alone, not on the other rows or the params.

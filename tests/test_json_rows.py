@@ -56,6 +56,7 @@ def strictly(text: str):
 @example('{"a": [{"a": [{"b": 1, "b": 2}]}]}')
 @example('{"a": "\\":", "b": 1, "b": 2}')
 @example('{"a": [[{"b": 1, "b": 2}]]}')
+@example('{"a":[{"b":' + 58 * "[" + "{}" + 58 * "]" + "}]}")
 def test_a_row_is_what_a_strict_reader_makes_of_it(text):
     row = RawRow(1, 1, text.encode())
     try:
@@ -75,11 +76,13 @@ def test_a_row_is_what_a_strict_reader_makes_of_it(text):
 
 @pytest.mark.parametrize("depth", [62, 63, 64, 65, 300])
 @pytest.mark.parametrize("inner", ["[{}]", '{{"a": {}}}'])
-def test_brackets_nest_64_deep_at_most(inner, depth):
-    text = "1"
-    for _ in range(depth - 1):
+@pytest.mark.parametrize("around", ["{}", '[{{"b": {}}}]'])
+@pytest.mark.parametrize("inmost", ["1", "{}", "[]"])
+def test_brackets_nest_64_deep_at_most(inmost, around, inner, depth):
+    text = inmost
+    for _ in range(depth - 1 - around.count("[") - around.count("{{") - (inmost != "1")):
         text = inner.format(text)
-    row = RawRow(1, 1, f'{{"a": {text}}}'.encode())
+    row = RawRow(1, 1, f'{{"a": {around.format(text)}}}'.encode())
     if depth <= 64:
         assert list(parse(row)) == ["a"]
     else:

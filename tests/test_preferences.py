@@ -1,5 +1,6 @@
 """Preference pairs: the forms in which people have them, and what is refused for which cause."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from prepare_stage import Stage
 from fuzz.reading import data_file
 from retuner.chats import BadRow, read_chats
 from retuner.errors import Refused
+from retuner.intake import SEGMENT_CHARACTERS, Reading
 
 HELLO = [{"role": "user", "content": "Hi"}]
 YES, NO = [{"role": "assistant", "content": "Yes."}], [{"role": "assistant", "content": "No."}]
@@ -263,3 +265,12 @@ def test_marks_are_set_in_both_answers_and_may_leave_nothing_to_prefer(tmp_path)
         r for side in ("train", "held_out") for r in stage.rows(side) if "Whom" in r["messages"][0]["content"]
     ]
     assert kept["messages"][-1]["content"] == "Ask [EMAIL]" and kept["rejected"] == "Do not ask [EMAIL]"
+
+
+def test_long_rejected_answers_come_few_at_a_time_out_of_a_file_read_whole(tmp_path):
+    path = tmp_path / "pairs.jsonl.gz"
+    pairs = [{"prompt": f"p{n}", "chosen": "yes", "rejected": f"{n} " + "no " * 30_000} for n in range(40)]
+    path.write_bytes(gzip.compress(b"".join(json.dumps(pair).encode() + b"\n" for pair in pairs)))
+    segments = [segment for _, segment in Reading("preference").segments(data_file(path))]
+    assert sum(len(segment.batch.heads) for segment in segments) == len(pairs)
+    assert max(len(segment.batch.lines) for segment in segments) < SEGMENT_CHARACTERS + 100_000
