@@ -111,6 +111,7 @@ def add_missing(
             _add(renderer, rows, side, numbers)
             done += len(numbers)
             yield done + helped.rows
+    renderer.encoder.words.forget()
     if helped.files:
         rows.flush()
         rows.take_in(helped.files)

@@ -165,9 +165,10 @@ class Words:
         self.rule = rule or provable_rule(plain)
         self.controls = dict(sorted(controls.items()))
         self._to_check = CHECKED_TEXTS if self.rule.cuts else 0
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """All units, which may take tens of megabytes."""
         import numpy as np
 
         self._code_of: dict[bytes, int] = {}
@@ -191,7 +192,7 @@ class Words:
         import numpy as np
 
         if len(self._code_of) > MOST_UNITS or self._unit_bytes > MOST_UNIT_BYTES:
-            self._forget()
+            self.forget()
         codes, counts = self._look_up(texts)
         if self._to_check:
             checked = texts[: self._to_check]
@@ -200,7 +201,7 @@ class Words:
             ids = list(chain.from_iterable(encoding.ids for encoding in whole))
             if not np.array_equal(self.tokens(codes[: counts[: len(checked)].sum()])[0], ids):
                 self.rule, self._to_check = Rule(self.plain), 0
-                self._forget()
+                self.forget()
                 return self._look_up(texts)
         return codes, counts
 
