@@ -17,7 +17,9 @@ from retuner.rows import PARTS, Ordered, Records, parts_at_once
 
 BOILERPLATE = 10
 SHORT, LONG = 8, 13
-RUN = np.dtype([("hash", "<u8"), ("row", "<u4")])
+RUN = ("<u8", "<u4")
+"""A run: its hash, and the number of the row."""
+RUN_BYTES = 12
 MATCHED_BYTES = 2**19
 """Of runs that are matched at once: few enough for the processor's caches."""
 NOBODY = np.iinfo(np.int32).max
@@ -103,25 +105,23 @@ class Runs:
         """For runs of SHORT or LONG words."""
         least: Any = np.full(self.count, NOBODY, np.int32)
         held_out, train = self.held_out[size], self.train[size]
-        several = parts_at_once((held_out.count + train.count) * RUN.itemsize, MATCHED_BYTES)
+        several = parts_at_once((held_out.count + train.count) * RUN_BYTES, MATCHED_BYTES)
         for part in range(0, PARTS, several):
-            held, runs = held_out.part(part, several), train.part(part, several)
-            if not len(held) or not len(runs):
+            (known, known_in), (hashes, rows) = held_out.part(part, several), train.part(part, several)
+            if not len(known) or not len(hashes):
                 continue
-            held = held[np.lexsort((held["row"], held["hash"]))]
-            held = held[np.concatenate([[True], held["hash"][1:] != held["hash"][:-1]])]
-            known, hashes = held["hash"].copy(), runs["hash"].copy()
-            order = np.argsort(hashes)  # neighbours are looked for in the same places
-            place = np.minimum(np.searchsorted(known, hashes[order]), len(known) - 1)
-            shared = known[place] == hashes[order]
-            place, at = place[shared], order[shared]
+            order = np.lexsort((known_in, known))
+            order = order[np.diff(known[order], prepend=known[order[0]] - _ONE) > 0]
+            known, known_in = known[order], known_in[order]
+            place = _places(known, hashes, part, several)
+            at = np.flatnonzero(known[place] == hashes)
             # A run may stand in a row several times.
-            pairs = (place << 32) | runs["row"][at]
+            pairs = (place[at] << 32) | rows[at]
             pairs.sort()  # and not np.unique, which hashes: that takes several times as long
             pairs = pairs[np.diff(pairs, prepend=-1) > 0]
             run, row = pairs >> 32, pairs & (2**32 - 1)
-            rare = (np.bincount(run, minlength=len(held)) <= BOILERPLATE)[run]
-            np.minimum.at(least, row[rare], held["row"][run[rare]].astype(np.int32))
+            rare = (np.bincount(run, minlength=len(known)) <= BOILERPLATE)[run]
+            np.minimum.at(least, row[rare], known_in[run[rare]].astype(np.int32))
         return Sharing(least)
 
     def close(self) -> None:
@@ -131,7 +131,8 @@ class Runs:
     def _add(
         self, side: dict[int, Records], chosen: Callable[[Any], Any], rows: Any, words: Any, counts: Any
     ) -> None:
-        """`chosen` says for hashes of runs of eight which of them to keep."""
+        """`chosen` says for hashes of runs of eight which of them to keep; it is asked about those that reach into the
+        next row too."""
         if len(words) < SHORT:
             return
         # Sums of words times powers of an odd number, modulo 2^64: of 2 words, of 4, of 8.
@@ -143,8 +144,7 @@ class Runs:
         short = _mixed(sums[3])
         whole: Any = np.ones(len(words), bool)
         whole[_behind(ends, SHORT)] = False
-        at = np.flatnonzero(whole[: len(short)])
-        at = at[chosen(short[at])]
+        at = np.flatnonzero(chosen(short) & whole[: len(short)])
         row: Any = np.repeat(np.arange(len(counts)), counts)[at]
         self._write(side[SHORT], short[at], rows[row])
         longer = at + LONG <= ends[row]
@@ -153,16 +153,14 @@ class Runs:
         self._write(side[LONG], _mixed(long), rows[row])
 
     def _write(self, records: Records, hashes: Any, rows: Any) -> None:
-        runs: Any = np.empty(len(hashes), RUN)
-        runs["hash"], runs["row"] = hashes, rows
-        records.add(runs, (hashes >> np.uint64(56)).astype(np.uint8))
+        records.add([hashes, rows.astype("<u4")], (hashes >> np.uint64(56)).astype(np.uint8))
 
     # A Bloom filter (Bloom, 1970) whose two bits are in one word (Putze, Sanders and Singler, 2007).
 
     def _bits(self, hashes: Any) -> tuple[Any, Any]:
         """The word of each hash, and which two bits of it."""
         low, high = hashes & _SIX, (hashes >> np.uint64(6)) & _SIX
-        return hashes >> self.shift, (_ONE << low) | (_ONE << high)
+        return (hashes >> self.shift).view(np.int64), (_ONE << low) | (_ONE << high)
 
     def _let_pass(self, hashes: Any) -> Any:
         """From now on; and of the held-out side's own all are kept."""
@@ -172,7 +170,25 @@ class Runs:
 
     def _passes(self, hashes: Any) -> Any:
         words, bits = self._bits(hashes)
-        return self.filter[words] & bits == bits
+        return self.filter.take(words) & bits == bits
+
+
+def _places(known: Any, hashes: Any, part: int, parts: int) -> Any:
+    """Where in `known`, which rises, each of some hashes would be put, but never behind the last; all of them are of
+    `parts` parts from `part` on. What np.searchsorted finds, by way of a table of where known ones with the same first
+    bits begin, which takes a sixth of the time for hashes in no order."""
+    bits = (4 * len(known)).bit_length()
+    low, shift = np.uint64(part << 56), np.uint64(56 + parts.bit_length() - 1 - bits)
+    first = ((known - low) >> shift).view(np.int64)
+    begins = np.cumsum(np.bincount(first + 1, minlength=(1 << bits) + 1)[: 1 << bits])
+    last = len(known) - 1
+    places = np.minimum(begins.take(((hashes - low) >> shift).view(np.int64)), last)
+    behind = np.flatnonzero(known.take(places) < hashes)
+    while len(behind):
+        places[behind] += 1
+        behind = behind[places[behind] <= last]
+        behind = behind[known[places[behind]] < hashes[behind]]
+    return np.minimum(places, last)
 
 
 def _times(words: int) -> Any:

@@ -5,14 +5,16 @@ the sketches is sorted at a time, in slices, so memory stays where it is while r
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from retuner.rows import BANDS, Ordered, portions
-from retuner.sketch import BINS, resemblances
+from retuner.rows import BANDS, Numbers, Ordered, portions
+from retuner.sketch import BINS, distinct_pairs, resemblances
 
 SLICE_ROWS = 2**18
 WINDOW = 8
@@ -53,19 +55,26 @@ class Near:
     leaks: Found
 
 
-def find_near(rows: Ordered, similarity: float, usable: Any) -> Near:
-    """Looks at usable rows alone. Which pairs are met depends on the rows, not on the order they came in."""
+def find_near(rows: Ordered, similarity: float, usable: Any, folder: Path) -> Near:
+    """Looks at usable rows alone. Which pairs are met depends on the rows, not on the order they came in. `folder` is
+    for files on the way."""
+    with closing(_Pairs(rows, folder)) as pairs:
+        return _find_near(rows, similarity, usable, pairs)
+
+
+def _find_near(rows: Ordered, similarity: float, usable: Any, pairs: "_Pairs") -> Near:
     parents: Any = np.arange(len(rows), dtype=np.int32)
     leaks = Found(np.zeros(len(rows), bool))
     crowded: Any = np.zeros(len(rows), np.uint32)  # a bit for each band
     for band in range(BANDS):
         for keys, members in _buckets(rows, band, usable):
             train = rows.sides[members] == 0
-            compare = partial(_alike, rows, band, similarity, crowded)
+            compare = partial(_alike, rows, pairs, band, similarity, crowded)
             _join_train(compare, keys[train], members[train], parents)
             _mark_leaks(compare, keys, members, train, leaks)
             sizes = np.searchsorted(keys, keys, "right") - np.searchsorted(keys, keys)
             crowded[members[sizes > WINDOW]] |= np.uint32(1 << band)
+        rows.let_go()
     for some in _portions(len(rows)):
         parents[some] = _roots(parents, np.arange(some.start, min(some.stop, len(rows))))
     return Near(parents, leaks)
@@ -126,7 +135,7 @@ def _mark_leaks(compare: Compare, keys: Any, members: Any, train: Any, leaks: Fo
 
 
 def _alike(
-    rows: Ordered, band: int, similarity: float, crowded: Any, left: Any, right: Any
+    rows: Ordered, pairs: "_Pairs", band: int, similarity: float, crowded: Any, left: Any, right: Any
 ) -> tuple[Any, Any]:
     """Those of the pairs that reach the similarity, without those that an earlier band has compared already: where a
     bucket is crowded, it may not have. `crowded` has a bit for each band in which a row's bucket was.
@@ -147,14 +156,33 @@ def _alike(
     likely = agree > similarity - 2 * 1.35 * 0.5 / BINS**0.5
     left, right = left[likely], right[likely]
     words = rows.word_counts[left] + rows.word_counts[right]
-    found = [_resemblances(rows, left[some], right[some]) for some in portions(words, PORTION_WORDS)]
+    found = [pairs.resemblances(left[some], right[some]) for some in portions(words, PORTION_WORDS)]
     alike = np.concatenate([*found, np.zeros(0)]) >= similarity
     return left[alike], right[alike]
 
 
-def _resemblances(rows: Ordered, left: Any, right: Any) -> Any:
-    numbers, places = np.unique(np.concatenate([left, right]), return_inverse=True)
-    return resemblances(*rows.words(numbers), *np.split(places, 2))
+class _Pairs:
+    """The pairs of words of rows that are looked at, made once and kept on disk: most are looked at in many bands."""
+
+    def __init__(self, rows: Ordered, folder: Path):
+        self.rows = rows
+        self.kept = Numbers(folder / "near.pairs", "<u8")
+        self.places: Any = np.full(len(rows), -1, np.int64)
+        self.sizes: Any = np.zeros(len(rows), np.uint32)
+
+    def resemblances(self, left: Any, right: Any) -> Any:
+        numbers, places = np.unique(np.concatenate([left, right]), return_inverse=True)
+        new = numbers[self.places[numbers] < 0]
+        if len(new):
+            pairs, sizes = distinct_pairs(*self.rows.words(new))
+            self.places[new] = self.kept.add(pairs.tobytes()) + np.cumsum(sizes) - sizes
+            self.sizes[new] = sizes
+            self.kept.flush()
+        sizes = self.sizes[numbers].astype(np.int64)
+        return resemblances(self.kept.at(self.places[numbers], sizes), sizes, *np.split(places, 2))
+
+    def close(self) -> None:
+        self.kept.close()
 
 
 def _portions(count: int) -> Iterator[slice]:

@@ -4,8 +4,9 @@ A row is a head of fixed size, its words as 32-bit hashes, and its line of train
 lines stay where they were put when they came; heads are what is ordered.
 """
 
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,14 +31,14 @@ HEAD = np.dtype(
 )
 LEAN = np.dtype(HEAD.descr[:-1])
 """A head without its sketch."""
-WORD_BYTES = 4
 PARTS = 256
+WAITING_BYTES = 2 * 2**20
+"""Of what is put aside before it is ordered by part."""
 RUN_BYTES = 16 * 2**20
 """Of what is sorted in memory at once."""
 CHUNK_ROWS = 2**15
 CHUNK_WORDS = 2**18
 CHUNK_LINE_BYTES = 2**23
-PAGE_ROWS = 2**13
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,33 +70,75 @@ def parts_at_once(size: int, most: int = RUN_BYTES) -> int:
 
 
 class Records:
-    """Fixed-size records in a file, to be read back by parts: those of one part come together."""
+    """Records of some columns in a file, to be read back by parts: those of one part come together."""
 
-    def __init__(self, path: Path, dtype: Any):
-        self.file, self.dtype = path.open("w+b"), dtype
-        self.runs: list[tuple[int, Any]] = []  # where a run begins, in records; where its parts begin in it
+    def __init__(self, path: Path, columns: Sequence[Any]):
+        """`columns`: the dtype of each."""
+        self.file, self.columns = path.open("w+b"), [np.dtype(column) for column in columns]
+        self.waiting: list[Sequence[Any]] = []
+        self.bytes = 0
+        self.runs: list[Any] = []  # where in a run its parts begin, in records
         self.count = 0
 
-    def add(self, records: Any, parts: Any) -> None:
-        """A run: its records are ordered by part. `parts` are below PARTS."""
+    def add(self, columns: Sequence[Any], parts: Any) -> None:
+        """`parts`, which are below PARTS, say of which part each record is."""
+        self.waiting.append((*columns, parts))
+        self.count += len(parts)
+        self.bytes += sum(column.nbytes for column in columns)
+        if self.bytes >= WAITING_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        """A run: its records are ordered by part."""
+        *columns, parts = (np.concatenate(some) for some in zip(*self.waiting))
+        self.waiting, self.bytes = [], 0
         order = np.argsort(parts, kind="stable")
         begins: Any = np.zeros(PARTS + 1, np.int64)
         np.cumsum(np.bincount(parts, minlength=PARTS), out=begins[1:])
-        # By numbers of four bytes: numpy takes long to pick out records.
-        numbers = records.view("<u4").reshape(len(records), self.dtype.itemsize // 4)
-        self.file.write(numbers[order].tobytes())
+        for column in columns:
+            self.file.write(column[order].tobytes())
         self.file.flush()
-        self.runs.append((self.count, begins))
-        self.count += len(records)
+        self.runs.append(begins)
 
-    def part(self, part: int, parts: int = 1) -> Any:
-        """The records of a part, or of several from it on; those of an earlier run first."""
-        size, pieces = self.dtype.itemsize, []
-        for begin, begins in self.runs:
-            first, last = begin + int(begins[part]), begin + int(begins[part + parts])
-            if first < last:
-                pieces.append(_read(self.file, first * size, (last - first) * size))
-        return np.frombuffer(b"".join(pieces), self.dtype)
+    def part(self, part: int, parts: int = 1) -> list[Any]:
+        """The columns of the records of a part, or of several from it on, in the order in which they came."""
+        if self.waiting:
+            self._write()
+        pieces: list[list[bytes]] = [[] for _ in self.columns]
+        at = 0
+        for begins in self.runs:
+            first, count = int(begins[part]), int(begins[part + parts] - begins[part])
+            for column, some in zip(self.columns, pieces):
+                if count:
+                    some.append(_read(self.file, at + first * column.itemsize, count * column.itemsize))
+                at += int(begins[-1]) * column.itemsize
+        return [np.frombuffer(b"".join(some), column) for column, some in zip(self.columns, pieces)]
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Numbers:
+    """Numbers in a file, to be read back in stretches."""
+
+    def __init__(self, path: Path, dtype: str):
+        self.file, self.dtype = path.open("w+b"), np.dtype(dtype)
+        self.count = 0
+
+    def add(self, numbers: bytes) -> int:
+        """The place of the first of them."""
+        first = self.count
+        self.count += self.file.write(numbers) // self.dtype.itemsize
+        return first
+
+    def flush(self) -> None:
+        """What was added can be read from now on."""
+        self.file.flush()
+
+    def at(self, places: Any, counts: Any) -> Any:
+        """Those that begin at each of some places, one after the other."""
+        begins = places * self.dtype.itemsize
+        return np.frombuffer(_gathered(self.file, begins, begins + counts * self.dtype.itemsize), self.dtype)
 
     def close(self) -> None:
         self.file.close()
@@ -105,31 +148,25 @@ class Bodies:
     """Words and lines, as they came."""
 
     def __init__(self, folder: Path):
-        self.words_file = (folder / "bodies.words").open("w+b")
+        self.words = Numbers(folder / "bodies.words", "<u4")
         self.lines_file = (folder / "bodies.lines").open("w+b")
-        self.words_written = self.bytes_written = 0
+        self.bytes_written = 0
 
     def add(self, batch: Batch) -> Any:
         """The heads, with the places of their words and lines."""
         heads = batch.heads.copy()
-        for size, place, written in (
-            ("words", "words_at", self.words_written),
+        for size, place, first in (
+            ("words", "words_at", self.words.add(batch.words)),
             ("line", "line_at", self.bytes_written),
         ):
-            heads[place] = written + np.cumsum(heads[size], dtype=np.int64) - heads[size]
-        self.words_written += self.words_file.write(batch.words) // WORD_BYTES
+            heads[place] = first + np.cumsum(heads[size], dtype=np.int64) - heads[size]
         self.bytes_written += self.lines_file.write(batch.lines)
         return heads
 
     def finish(self) -> None:
         """After the last row: from now on rows are read."""
-        self.words_file.flush()
+        self.words.flush()
         self.lines_file.flush()
-
-    def words(self, begins: Any, counts: Any) -> Any:
-        """Those that begin at each of some places, one after the other."""
-        begins = begins * WORD_BYTES
-        return np.frombuffer(_gathered(self.words_file, begins, begins + counts * WORD_BYTES), "<u4")
 
     def lines(self, heads: Any) -> bytes:
         """The lines of some rows, one after the other."""
@@ -137,7 +174,7 @@ class Bodies:
         return _gathered(self.lines_file, begins, begins + heads["line"])
 
     def close(self) -> None:
-        self.words_file.close()
+        self.words.close()
         self.lines_file.close()
 
 
@@ -145,34 +182,23 @@ class Parted:
     """Heads in any order on their way to an order by group: the first byte of the group is the part."""
 
     def __init__(self, folder: Path):
-        self.heads = Records(folder / "parted.heads", HEAD)
-        self.waiting: list[bytes] = []
-        self.bytes = 0
+        self.heads = Records(folder / "parted.heads", [HEAD])
 
     def add(self, heads: Any) -> None:
-        self.waiting.append(heads.tobytes())
-        self.bytes += heads.nbytes
-        if self.bytes >= RUN_BYTES:
-            self._write()
+        # As numbers of four bytes: numpy takes long to pick out records, and to put them together.
+        numbers = heads.view("<u4").reshape(len(heads), HEAD.itemsize // 4)
+        self.heads.add([numbers], (heads["group"][:, 0] >> np.uint64(56)).astype(np.uint8))
 
     def parts(self) -> Iterator[Any]:
         """All heads of a part at once, the parts in order; of few rows those of several parts."""
-        if self.waiting:
-            self._write()
         several = parts_at_once(self.heads.count * HEAD.itemsize)
         for part in range(0, PARTS, several):
-            heads = self.heads.part(part, several)
+            (heads,) = self.heads.part(part, several)
             if len(heads):
                 yield heads
 
     def close(self) -> None:
         self.heads.close()
-
-    def _write(self) -> None:
-        # Through bytes: numpy takes long to put records together.
-        heads = np.frombuffer(b"".join(self.waiting), HEAD)
-        self.waiting, self.bytes = [], 0
-        self.heads.add(heads, (heads["group"][:, 0] >> np.uint64(56)).astype(np.uint8))
 
 
 class Ordered:
@@ -190,6 +216,8 @@ class Ordered:
         self.sides_file = (folder / "ordered.sides").open("w+b")
         self.words_file = (folder / "ordered.words").open("w+b")
         self.counts_file = (folder / "ordered.counts").open("w+b")
+        self.mapped: mmap.mmap | None = None
+        self.all_sketches: Any = np.zeros((0, BANDS), "<u4")
         self.sides: Any = None
         self.words_at: Any = None
         self.word_counts: Any = None
@@ -216,6 +244,9 @@ class Ordered:
         self.as_they_lie = np.argsort(self.words_at).astype(np.int32)
         self.sides = np.fromfile(self.sides_file.name, "<u2")
         self.word_counts = np.fromfile(self.counts_file.name, "<u4")
+        if len(self):
+            self.mapped = mmap.mmap(self.sketches_file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.all_sketches = np.frombuffer(self.mapped, "<u4").reshape(-1, BANDS)
 
     def __len__(self) -> int:
         return len(self.sides)
@@ -237,24 +268,18 @@ class Ordered:
             yield row, np.frombuffer(_records(self.bands_files[band], row, count, 4), "<u4")
 
     def sketches(self, rows: Any) -> Any:
-        """(rows, BANDS) of the rows that are numbered, in ascending order."""
-        size, pieces = BANDS * 4, []
-        for first in range(0, len(self), PAGE_ROWS):
-            low, high = _bounds(rows, first, PAGE_ROWS)
-            wanted = rows[low:high]
-            if len(wanted) > PAGE_ROWS // 64:
-                count = min(PAGE_ROWS, len(self) - first)
-                page = np.frombuffer(_records(self.sketches_file, first, count, size), "<u4")
-                pieces.append(page.reshape(count, BANDS)[wanted - first])
-            elif len(wanted):
-                found = _gathered(self.sketches_file, wanted * size, (wanted + 1) * size)
-                pieces.append(np.frombuffer(found, "<u4").reshape(len(wanted), BANDS))
-        return np.concatenate([*pieces, np.zeros((0, BANDS), "<u4")])
+        """(rows, BANDS) of the rows that are numbered."""
+        return self.all_sketches[rows]
+
+    def let_go(self) -> None:
+        """Memory of sketches counts as ours once they were looked at; it comes back when they are again."""
+        if self.mapped:
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
     def words(self, rows: Any) -> tuple[Any, Any]:
         """The words of the rows that are numbered, and how many each has."""
         counts = self.word_counts[rows].astype(np.int64)
-        return self.bodies.words(self.words_at[rows], counts), counts
+        return self.bodies.words.at(self.words_at[rows], counts), counts
 
     def all_words(self, which: Any) -> Iterator[tuple[Any, Any, Any]]:
         """Of the rows for which `which` is true some at a time, in no order that means anything: their numbers, their
@@ -266,6 +291,7 @@ class Ordered:
                 yield numbers[some], *self.words(numbers[some])
 
     def close(self) -> None:
+        self.all_sketches = self.mapped = None
         for file in self._files:
             file.close()
 
@@ -289,11 +315,6 @@ def _gathered(file: BinaryIO, begins: Any, ends: Any) -> bytes:
     starts, stops = begins[np.append(0, breaks)].tolist(), ends[np.append(breaks, len(begins)) - 1].tolist()
     number = file.fileno()
     return b"".join([os.pread(number, stop - start, start) for start, stop in zip(starts, stops)])
-
-
-def _bounds(rows: Any, first: int, count: int) -> tuple[int, int]:
-    """Where, in ascending numbers, those of `count` rows from `first` on begin and end."""
-    return int(np.searchsorted(rows, first)), int(np.searchsorted(rows, first + count))
 
 
 def _records(file: BinaryIO, first: int, count: int, size: int) -> bytes:

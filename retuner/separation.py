@@ -55,7 +55,7 @@ def separate(rows: Ordered, folder: Path, params: PrepareParams, sides: Sequence
     with ThreadPoolExecutor(2) as beside:
         runs = beside.submit(Runs, rows, ~made.removed, folder)
         sharing = {size: beside.submit(_sharing, runs, size) for size in (LONG, SHORT)}
-        near = find_near(rows, similarity, ~made.removed) if similarity else None
+        near = find_near(rows, similarity, ~made.removed, folder) if similarity else None
         _deal_with(made, "near", near.leaks if near else Found(np.zeros(len(rows), bool)), params, shown)
         with closing(runs.result()):
             for kind, size in (("ngram_13", LONG), ("ngram_8", SHORT)):

@@ -34,6 +34,7 @@ _UNSPACED = (
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _NOT_ASCII = re.compile(rb"(?<![^ ])[^ \x80-\xff]*+[\x80-\xff][^ ]*+")
 _NOTHING = np.uint32(0xFFFFFFFF)
+_ROW_AT, _PAIR = np.uint64(44), np.uint64(2**44 - 1)
 _FIRST_BYTES = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
 MOST_EIGHTS = 4
 """Longer words are rare, and hashed one by one."""
@@ -135,32 +136,38 @@ def _fill(least: Any, has_pairs: Any) -> None:
             break
 
 
-def resemblances(words: Any, counts: Any, left: Any, right: Any) -> Any:
-    """The Jaccard index of each pair of rows; `left` and `right` number rows of `words`, fewer than 2^20 of them."""
+def distinct_pairs(words: Any, counts: Any) -> tuple[Any, Any]:
+    """Of each row the different pairs of neighbouring words as 44-bit hashes, rising; and how many each row has. Fewer
+    than 2^20 rows."""
     pairs, sizes = pair_hashes(words, counts)
     rows: Any = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)
     # 44 bits of the hash, so that one sort orders rows and, in them, pairs: repeated pairs then stand together.
-    cut = (rows << np.uint64(44)) | (pairs >> np.uint64(20))
-    cut.sort()
-    cut = cut[np.concatenate([[True], cut[1:] != cut[:-1]])] if len(cut) else cut
-    sizes = np.bincount((cut >> np.uint64(44)).astype(np.int64), minlength=len(sizes))
+    pairs = (rows << _ROW_AT) | (pairs >> np.uint64(20))
+    pairs.sort()
+    pairs = pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])] if len(pairs) else pairs
+    sizes = np.bincount((pairs >> _ROW_AT).astype(np.int64), minlength=len(sizes))
+    return pairs & _PAIR, sizes
+
+
+def resemblances(pairs: Any, sizes: Any, left: Any, right: Any) -> Any:
+    """The Jaccard index of each two of rows, whose pairs of words are as `distinct_pairs` gives them; `left` and
+    `right` number rows."""
     begins = np.cumsum(sizes) - sizes
-    cut &= np.uint64(2**44 - 1)
     found: Any = np.zeros(len(left), np.int64)
     step = 2**14
     for first in range(0, len(left), step):
         some = slice(first, first + step)
-        merged = np.concatenate([_spread(cut, begins, sizes, rows) for rows in (left[some], right[some])])
-        merged.sort()
-        twice = merged[1:][merged[1:] == merged[:-1]] >> np.uint64(44)
+        merged = np.concatenate([_spread(pairs, begins, sizes, rows) for rows in (left[some], right[some])])
+        merged.sort(kind="stable")  # which merges the two halves: each is in order
+        twice = merged[1:][merged[1:] == merged[:-1]] >> _ROW_AT
         found[some] = np.bincount(twice.astype(np.int64), minlength=len(left[some]))
     either = sizes[left] + sizes[right] - found
     return found / np.maximum(either, 1)
 
 
-def _spread(cut: Any, begins: Any, sizes: Any, rows: Any) -> Any:
+def _spread(pairs: Any, begins: Any, sizes: Any, rows: Any) -> Any:
     """The hashes of each of `rows`, one after the other, each under the number of its place in `rows`."""
     counts = sizes[rows]
     starts = np.cumsum(counts) - counts
     places = np.arange(int(counts.sum())) + np.repeat(begins[rows] - starts, counts)
-    return cut[places] | (np.repeat(np.arange(len(rows), dtype=np.uint64), counts) << np.uint64(44))
+    return pairs[places] | (np.repeat(np.arange(len(rows), dtype=np.uint64), counts) << _ROW_AT)
