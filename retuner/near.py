@@ -109,8 +109,10 @@ def _join_train(compare: Compare, keys: Any, members: Any, parents: Any) -> None
     # Neighbours first: of what they bring together, most other pairs need not be looked at.
     for distances in (range(1, 2), range(2, WINDOW + 1)):
         places = [np.flatnonzero(keys[:-distance] == keys[distance:]) for distance in distances]
-        left = members[np.concatenate(places)]
-        right = members[np.concatenate([at + distance for at, distance in zip(places, distances)])]
+        at = np.concatenate(places)
+        behind = at + np.repeat(distances, [len(some) for some in places])
+        order = np.argsort(at, kind="stable")  # pairs of one bucket are compared together
+        left, right = members[at[order]], members[behind[order]]
         for some in _portions(len(left)):
             one, other = left[some], right[some]
             apart = _roots(parents, one) != _roots(parents, other)
