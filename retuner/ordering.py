@@ -60,15 +60,25 @@ def groups(rows: Ordered, which: Any) -> int:
 
 
 def _without_duplicates(heads: Any, dropped: Duplicates) -> Any:
-    group, id, key = heads["group"], heads["id"], heads["key"]
-    by_key = np.lexsort((id[:, 1], id[:, 0], key[:, 1], key[:, 0], group[:, 1], group[:, 0]))
+    id, key = heads["id"], heads["key"]
+    by_key = _in_order(*key.T, *id.T)
     again = (key[by_key][1:] == key[by_key][:-1]).all(1)
     same = again & (id[by_key][1:] == id[by_key][:-1]).all(1)
     dropped.exact += int(same.sum())
     dropped.folded += int(again.sum() - same.sum())
     kept = by_key[np.concatenate([[True], ~again])]
-    group, id = group[kept], id[kept]
-    return heads[kept[np.lexsort((id[:, 1], id[:, 0], group[:, 1], group[:, 0]))]]
+    return heads[kept[_in_order(*heads["group"][kept].T, *id[kept].T)]]
+
+
+def _in_order(first: Any, *others: Any) -> Any:
+    """By the first column, where that is equal by the next, and so on: np.lexsort, for a first column with few equal
+    values."""
+    order = np.argsort(first)
+    equal = np.flatnonzero(np.diff(first[order]) == 0)
+    tied = np.union1d(equal, equal + 1)
+    rows = order[tied]
+    order[tied] = rows[np.lexsort([column[rows] for column in (*others[::-1], first)])]
+    return order
 
 
 def _sides(heads: Any, held_out: HeldOut) -> Any:
