@@ -84,8 +84,10 @@ class Segment:
     @classmethod
     def unpacked(cls, data: bytes) -> "Segment":
         ends = np.cumsum([NOTES.size, *NOTES.unpack_from(data)]).tolist()
-        notes, heads, words = (memoryview(data)[begin:end] for begin, end in pairwise(ends))
-        batch = Batch(np.frombuffer(heads, HEAD), bytes(words), data[ends[-1] :])
+        notes, heads, words, lines = (
+            memoryview(data)[begin:end] for begin, end in pairwise([*ends, len(data)])
+        )
+        batch = Batch(np.frombuffer(heads, HEAD), words, lines)
         return cls(Notes(**json.loads(bytes(notes))), batch)
 
 

@@ -46,8 +46,8 @@ class Batch:
     """Some rows; the words and the lines of all, one after the other."""
 
     heads: Any
-    words: bytes
-    lines: bytes
+    words: bytes | memoryview
+    lines: bytes | memoryview
 
 
 def portions(sizes: Any, most: int) -> Iterator[slice]:
@@ -125,7 +125,7 @@ class Numbers:
         self.file, self.dtype = path.open("w+b"), np.dtype(dtype)
         self.count = 0
 
-    def add(self, numbers: bytes) -> int:
+    def add(self, numbers: bytes | memoryview) -> int:
         """The place of the first of them."""
         first = self.count
         self.count += self.file.write(numbers) // self.dtype.itemsize

@@ -7,6 +7,7 @@ same data gives the same bytes whatever was in the memo.
 import json
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,11 +73,14 @@ def template(
         rows.let_go()
     if params.too_long == "refuse":
         _refuse_too_long(train, held_out, params)
-    for side in (train, held_out):
-        _write_rows(out / f"{side.name}.arrow", side, rows, params)
-    prompts, prompts_too_long = write_prompts(
-        out / "prompts.jsonl", held_out.lines, rows, held_out.places, params.max_tokens
-    )
+    with ThreadPoolExecutor(1) as beside:
+        writing = beside.submit(_write_rows, out / "train.arrow", train, rows, params)
+        _write_rows(out / "held_out.arrow", held_out, rows, params)
+        prompts, prompts_too_long = write_prompts(
+            out / "prompts.jsonl", held_out.lines, rows, held_out.places, params.max_tokens
+        )
+        packs = _pack(out / "packs.arrow", train, params.pack_tokens)
+        writing.result()
     left_out = train.left_out + held_out.left_out + Counter(held_out_prompt_too_long=prompts_too_long)
     facts = ChatsFacts(
         train_rows=train.rows,
@@ -86,7 +90,7 @@ def template(
         supervised_tokens=train.supervised,
         longest_row_tokens=max(train.longest, held_out.longest),
         left_out={cause: count for cause, count in sorted(left_out.items()) if count},
-        packs=_pack(out / "packs.arrow", train, params.pack_tokens),
+        packs=packs,
     )
     _refuse_nothing_left(facts, train, held_out, params)
     for line in _told(facts, train, held_out, params):
