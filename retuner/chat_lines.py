@@ -55,6 +55,10 @@ class ChatLines:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def forget_groups(self) -> None:
+        """They take 16 bytes a row, and are not asked for any more."""
+        self.groups = self.groups[:0].copy()
+
     def batches(self, rows: "NDArray[Any]") -> "Iterator[NDArray[Any]]":
         """Some rows, given by their numbers in rising order, in batches that fit into memory."""
         import numpy as np

@@ -81,6 +81,8 @@ def template(
         )
         packs = _pack(out / "packs.arrow", train, params.pack_tokens)
         writing.result()
+    for side in (train, held_out):
+        side.lines.forget_groups()
     left_out = train.left_out + held_out.left_out + Counter(held_out_prompt_too_long=prompts_too_long)
     facts = ChatsFacts(
         train_rows=train.rows,

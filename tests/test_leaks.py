@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 from prepare_stage import REAL_DATA, Stage, real_data, some_rows
 
+from retuner import leaks as leaks_module
+from retuner import rows as rows_module
 from retuner.errors import Refused, Unavailable
 from retuner.files import sha256_file
 from retuner.held_out import EarlierSet, FrozenSet
@@ -119,8 +121,13 @@ def test_a_run_that_stands_in_more_than_ten_train_rows_is_boilerplate(stage):
     assert leaks(11)["ngram_13"] == leaks(11)["ngram_8"] == 0
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_runs_are_found_as_by_looking_at_every_run_of_every_row(stage, seed):
+@pytest.mark.parametrize("at_once", ["all", "some", "one part"])
+@pytest.mark.parametrize("seed", range(2))
+def test_runs_are_found_as_by_looking_at_every_run_of_every_row(stage, seed, at_once, monkeypatch):
+    if at_once != "all":
+        monkeypatch.setattr(rows_module, "CHUNK_WORDS", 500)
+        monkeypatch.setattr(rows_module, "WAITING_BYTES", 5000)
+        monkeypatch.setattr(leaks_module, "MATCHED_BYTES", 1 if at_once == "one part" else 20_000)
     draw = random.Random(seed)
     texts = [" ".join(draw.choices("abc", k=draw.randrange(1, 30))) for _ in range(40)]
 
