@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from retuner.coloured import KEY, ShownRow, coloured
-from retuner.data_report import LEAKS, DataReport, Leak, SideTokens, TokenReport
+from retuner.data_report import LEAKS, DataReport, LeakExample, SideTokens, TokenReport
 from retuner.describe import ROLES, Description
 from retuner.page_parts import Share, bar, counts, histogram, percent, said, stacked, table, tile
 from retuner.page_style import STYLE
@@ -20,6 +20,12 @@ LEFT_OUT = {
     "held_out_no_whole_answer": "held-out rows without a whole answer within max_tokens",
     "held_out_prompt_too_long": "held-out prompts longer than max_tokens",
 }
+STOCK_PHRASES = {
+    "same_prompt": "a short prompt with a held-out row, but so do many others under other system prompts",
+    "ngram_13": "13 words in a row with a held-out row, but so do many others",
+    "ngram_8": "8 words in a row with a held-out row, but so do many others",
+}
+"""What is told of train rows that have stock phrases in common with held-out rows, by kind."""
 MOST_TURNS = 8
 Section = tuple[str, str, str]
 """Its id, its heading, and its HTML."""
@@ -139,6 +145,9 @@ def _look(report: DataReport, tokens: TokenReport | None) -> str:
         found.append(
             ("leaks", f"{kept:,} train rows stay although {LEAKS.get(kind, kind)} ({kind}: {leak.policy})")
         )
+        if stock := leak.stock_phrases.rows:
+            shared = STOCK_PHRASES.get(kind, kind)
+            found.append(("leaks", f"{stock:,} train rows share {shared}: these count as no leaks ({kind})"))
     near = report.duplicates
     if near.near_policy == "report":
         found.append(("duplicates", f"{near.near:,} rows are nearly another one and stay"))
@@ -316,16 +325,28 @@ def _leaks(report: DataReport) -> str:
             escape(leak.policy),
             f"{leak.rows:,}",
             f"{leak.removed:,}",
+            f"{leak.stock_phrases.rows:,}" if kind in STOCK_PHRASES else "",
         )
         for kind, leak in report.leaks.items()
     ]
-    html = table(("kind", "of a train row", "policy", "rows", "removed"), rows, numbers=2)
-    return html + "".join(_examples(kind, leak) for kind, leak in report.leaks.items() if leak.examples)
+    heads = ("kind", "of a train row", "policy", "rows", "removed", "stock phrases")
+    html = table(heads, rows, numbers=3)
+    if any(leak.stock_phrases.rows for leak in report.leaks.values()):
+        html += (
+            "<p><small>Stock phrases are what more train rows have than <code>prepare.leaks.stock_phrase</code> says; "
+            "rows that share nothing else with held-out rows are no leaks.</small></p>"
+        )
+    for kind, leak in report.leaks.items():
+        html += _examples(kind, leak.examples, leak.rows)
+        html += _examples(f"{kind}, stock phrases", leak.stock_phrases.examples, leak.stock_phrases.rows)
+    return html
 
 
-def _examples(kind: str, leak: Leak) -> str:
+def _examples(what: str, examples: Sequence[LeakExample], rows: int) -> str:
+    if not examples:
+        return ""
     pairs = []
-    for example in leak.examples:
+    for example in examples:
         against = "held out" if example.against == "held-out" else example.against
         theirs = said(example.held_out_start) if example.held_out_start else "<small>begins alike</small>"
         pairs.append(
@@ -333,7 +354,9 @@ def _examples(kind: str, leak: Leak) -> str:
             f'{said(example.start)}</div><div class="held"><span>{escape(against)} '
             f"<code>{escape(example.held_out[:8])}</code></span>{theirs}</div></div>"
         )
-    told = f"{escape(kind)}: {len(pairs)} of {leak.rows:,}, side by side"
+        if example.shared:
+            pairs.append(f'<p class="shared"><small>both have</small> {said(example.shared)}</p>')
+    told = f"{escape(what)}: {len(examples)} of {rows:,}, side by side"
     return f"<details><summary>{told}</summary>{''.join(pairs)}</details>"
 
 

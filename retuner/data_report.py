@@ -50,6 +50,14 @@ class LeakExample(Part):
     """How the held-out row begins, where that is told."""
     against: str
     """`held-out`, or the earlier version whose held-out set it is."""
+    shared: str = ""
+    """How the longest run of words begins that both have, of kinds that look for runs."""
+
+
+class StockPhrases(Part):
+    rows: int = 0
+    """Train rows that share stock phrases with held-out rows and nothing rarer; they are no leaks."""
+    examples: tuple[LeakExample, ...] = ()
 
 
 class Leak(Part):
@@ -58,11 +66,12 @@ class Leak(Part):
     policy: str
     removed: int
     examples: tuple[LeakExample, ...] = ()
+    stock_phrases: StockPhrases = StockPhrases()
 
 
 LEAKS = {
-    "exact": "the whole conversation, but for case and white space, is held out too",
-    "same_prompt": "a held-out row asks the very same",
+    "exact": "the whole conversation, but for case, white space and system prompt, is held out too",
+    "same_prompt": "a held-out row asks the same, but for case, white space and system prompt",
     "near": "nearly the whole conversation is held out too",
     "ngram_13": "13 words in a row are those of a held-out row",
     "ngram_8": "8 words in a row are those of a held-out row",

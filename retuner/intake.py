@@ -228,14 +228,15 @@ class _Making:
         self.characters += sum([len(turn["content"]) for turn in row.messages]) + len(row.rejected or "")
 
     def made(self) -> Segment:
-        contents = folded([turn["content"] for chat in self.chats for turn in chat.messages])
+        said = [said_in(chat.messages, chat.rejected) for chat in self.chats]
+        contents = folded([turn["content"] for turns in said for turn in turns])
         names: list[bytes] = []
         lines: list[bytes] = []
         spoken: list[bytes] = []
         messages: list[int] = []
         at = 0
-        for chat, line in zip(self.chats, self.lines, strict=True):
-            mine = contents[at : at + len(chat.messages)]
+        for chat, turns, line in zip(self.chats, said, self.lines, strict=True):
+            mine = contents[at : at + len(turns)]
             at += len(mine)
             name = names_of(chat.messages, chat.rejected, mine)
             group = name.group.hex()
@@ -246,20 +247,23 @@ class _Making:
             others = mine[1:] if chat.messages[0]["role"] == "system" else mine
             spoken += others
             messages.append(len(others))
-        hashes, counts = word_hashes(words_in(spoken), messages)
+        hashes, by_text = word_hashes(words_in(spoken))
+        begins = np.cumsum(messages, dtype=np.int64) - np.array(messages, np.int64)
+        counts: Any = np.add.reduceat(by_text, begins) if messages else by_text
         heads: Any = np.zeros(len(lines), HEAD)
         numbers = np.frombuffer(b"".join(names), ">u8").reshape(len(heads), 9)
         for place, kind in enumerate(("group", "id", "key")):
             heads[kind] = numbers[:, 2 * place : 2 * place + 2]
         heads["prompt"], heads["talk"], heads["draw"] = numbers[:, 6], numbers[:, 7], numbers[:, 8]
-        heads["words"], heads["line"] = counts, [len(line) for line in lines]
+        heads["words"], heads["asked"] = counts, by_text[begins]
+        heads["line"] = [len(line) for line in lines]
         heads["bands"] = sketches(hashes, counts)
         notes = Notes(
             self.rows,
             self.chats[-1].format if self.chats else None,
             self.bad_rows,
             dict(sorted(self.redacted.items())),
-            describe(said_in(chat.messages, chat.rejected) for chat in self.chats).spelled(),
+            describe(said).spelled(),
         )
         return Segment(notes, Batch(heads, hashes.astype("<u4").tobytes(), b"".join(lines)))
 

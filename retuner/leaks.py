@@ -1,11 +1,11 @@
 """What train shares word for word with held-out rows: conversations, prompts, runs of 13 and of 8 words.
 
 Runs of words as for GPT-3 (Brown et al., "Language models are few-shot learners", 2020, appendix C): what user and
-assistant say, in small letters and without punctuation; a run that stands in more than ten train rows is boilerplate
-and does not count.
+assistant say, in small letters and without punctuation. There a run that stands in more than ten documents does not
+count. Here params say in how many train rows it is a stock phrase, and rows that share nothing else are told of.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import numpy as np
 from retuner.near import SHOWN, Found
 from retuner.rows import PARTS, Ordered, Records, parts_at_once
 
-BOILERPLATE = 10
 SHORT, LONG = 8, 13
 RUN = ("<u8", "<u4")
 """A run: its hash, and the number of the row."""
@@ -29,13 +28,36 @@ _FACTOR = 0x9E3779B97F4A7C15
 _ONE, _SIX = np.uint64(1), np.uint64(63)
 
 
-def same(rows: Ordered, field: str, usable: Any) -> Found:
-    """Train rows whose `prompt` or whose `talk` is that of a held-out row.
-
-    What stands in more than ten train groups is a greeting or the like and does not count, unless the system prompt is
-    the same too.
-    """
+def same_talk(rows: Ordered, usable: Any) -> Found:
+    """Train rows that are a held-out conversation but for case, white space and system prompt."""
     found = Found(np.zeros(len(rows), bool))
+    found.add(*_same(rows, "talk", usable)[:2])
+    return found
+
+
+def same_prompt(rows: Ordered, usable: Any, most: int | None) -> Found:
+    """Train rows whose prompt is that of a held-out row, but for case, white space and system prompt.
+
+    A prompt of fewer than SHORT words under more than `most` system prompts of train is a greeting or the like, and a
+    stock phrase, unless the system prompt is the same too.
+    """
+    found, stock = (Found(np.zeros(len(rows), bool)) for _ in range(2))
+    train, held_out, value, group, is_short, has_group = _same(rows, "prompt", usable)
+    is_stock: Any = np.zeros(len(train), bool)
+    if most is not None:
+        pairs = np.unique(np.stack([value, group]), axis=1)
+        common, counts = np.unique(pairs[0], return_counts=True)
+        is_stock = np.isin(value, common[counts > most]) & is_short & ~has_group
+    found.add(train[~is_stock], held_out[~is_stock])
+    stock.add(train[is_stock], held_out[is_stock])
+    found.stock_phrases = stock
+    return found
+
+
+def _same(rows: Ordered, field: str, usable: Any) -> list[Any]:
+    """For the usable train rows whose `prompt` or `talk` is that of a held-out row columns of: their numbers, those of
+    such a held-out row, the value of the field, their group, whether their prompt is short, and whether a held-out row
+    has the group too."""
     held = [
         np.stack([heads[field], heads["group"][:, 0], np.arange(first, first + len(heads), dtype=np.uint64)])[
             :, at
@@ -44,7 +66,7 @@ def same(rows: Ordered, field: str, usable: Any) -> Found:
         if len(at := np.flatnonzero(rows.sides[first : first + len(heads)] > 0))
     ]
     if not held:
-        return found
+        return [np.zeros(0, np.int64)] * 6
     values, groups, numbers = np.concatenate(held, axis=1)
     order = np.argsort(values, kind="stable")
     values, numbers, groups = values[order], numbers[order], np.sort(groups)
@@ -55,17 +77,11 @@ def same(rows: Ordered, field: str, usable: Any) -> Found:
         at = np.flatnonzero(
             (values[place] == heads[field]) & usable[first:last] & (rows.sides[first:last] == 0)
         )
-        matches.append(
-            np.stack(
-                [heads[field][at], heads["group"][at, 0], (at + first).astype(np.uint64), numbers[place[at]]]
-            )
-        )
-    value, group, train, held_out = np.concatenate(matches, axis=1)
-    pairs = np.unique(np.stack([value, group]), axis=1)
-    common, counts = np.unique(pairs[0], return_counts=True)
-    boilerplate = np.isin(value, common[counts > BOILERPLATE]) & ~np.isin(group, groups)
-    found.add(train[~boilerplate].astype(np.int64), held_out[~boilerplate].astype(np.int64))
-    return found
+        train, held_out = at + first, numbers[place[at]].astype(np.int64)
+        is_short = heads["asked"][at] < SHORT
+        matches.append((train, held_out, heads[field][at], heads["group"][at, 0], is_short))
+    *columns, group, is_short = (np.concatenate(column) for column in zip(*matches))
+    return [*columns, group, is_short, np.isin(group, groups)]
 
 
 @dataclass(frozen=True)
@@ -73,23 +89,30 @@ class Sharing:
     """Of every train row the least held-out row that shares a run of words with it; NOBODY where there is none."""
 
     least: Any
+    least_stock: Any
+    """Likewise of runs that are stock phrases."""
 
     def of(self, usable: Any) -> Found:
         """The usable train rows among them."""
-        found = Found((self.least != NOBODY) & usable)
-        first = np.flatnonzero(found.flags)[:SHOWN]
-        found.examples = list(zip(first.tolist(), self.least[first].tolist()))
+        found = _first_of(self.least, usable)
+        found.stock_phrases = _first_of(self.least_stock, usable & ~found.flags)
         return found
+
+
+def _first_of(least: Any, usable: Any) -> Found:
+    flags = (least != NOBODY) & usable
+    first = np.flatnonzero(flags)[:SHOWN]
+    return Found(flags, list(zip(first.tolist(), least[first].tolist())))
 
 
 class Runs:
     """The runs of words of the held-out side, and those of train that may be among them, on disk by their hashes.
 
-    Boilerplate is what stands in too many train rows, those not counted that `usable` leaves out.
+    Stock phrases are what stands in more than `most` train rows, those not counted that `usable` leaves out.
     """
 
-    def __init__(self, rows: Ordered, usable: Any, folder: Path):
-        self.count = len(rows)
+    def __init__(self, rows: Ordered, usable: Any, most: int | None, folder: Path):
+        self.count, self.most = len(rows), len(rows) if most is None else most
         self.held_out = {size: Records(folder / f"held_out.runs{size}", RUN) for size in (SHORT, LONG)}
         self.train = {size: Records(folder / f"train.runs{size}", RUN) for size in (SHORT, LONG)}
         words = int(rows.word_counts[rows.sides > 0].sum(dtype=np.int64))
@@ -104,6 +127,7 @@ class Runs:
     def sharing(self, size: int) -> Sharing:
         """For runs of SHORT or LONG words."""
         least: Any = np.full(self.count, NOBODY, np.int32)
+        least_stock = least.copy()
         held_out, train = self.held_out[size], self.train[size]
         several = parts_at_once((held_out.count + train.count) * RUN_BYTES, MATCHED_BYTES)
         for part in range(0, PARTS, several):
@@ -120,9 +144,10 @@ class Runs:
             pairs.sort()  # and not np.unique, which hashes: that takes several times as long
             pairs = pairs[np.diff(pairs, prepend=-1) > 0]
             run, row = pairs >> 32, pairs & (2**32 - 1)
-            rare = (np.bincount(run, minlength=len(known)) <= BOILERPLATE)[run]
-            np.minimum.at(least, row[rare], known_in[run[rare]].astype(np.int32))
-        return Sharing(least)
+            rare = (np.bincount(run, minlength=len(known)) <= self.most)[run]
+            for found, some in ((least, rare), (least_stock, ~rare)):
+                np.minimum.at(found, row[some], known_in[run[some]].astype(np.int32))
+        return Sharing(least, least_stock)
 
     def close(self) -> None:
         for records in (*self.held_out.values(), *self.train.values()):
@@ -171,6 +196,25 @@ class Runs:
     def _passes(self, hashes: Any) -> Any:
         words, bits = self._bits(hashes)
         return self.filter.take(words) & bits == bits
+
+
+def longest_shared(one: Sequence[bytes], other: Sequence[bytes], size: int) -> Sequence[bytes]:
+    """Of the runs of `size` words and more that stand in both the longest; where the second text repeats its beginning,
+    as far as it goes at the first place."""
+    places = {tuple(other[at : at + size]): at for at in reversed(range(len(other) - size + 1))}
+    best: Sequence[bytes] = []
+    at = 0
+    while at <= len(one) - size:
+        place = places.get(tuple(one[at : at + size]))
+        if place is None:
+            at += 1
+            continue
+        length = size
+        while other[place + length : place + length + 1] == one[at + length : at + length + 1] != []:
+            length += 1
+        best = max(best, one[at : at + length], key=len)
+        at += length - size + 1
+    return best
 
 
 def _places(known: Any, hashes: Any, part: int, parts: int) -> Any:

@@ -27,18 +27,19 @@ def names_of(
     """`rejected`, the other answer of a preference pair, is part of what the pair is, `id` and `key`; what it is
     compared with others by, `group`, `prompt` and `talk`, is that of the conversation with the chosen answer.
 
-    `contents` are the folded contents of the messages, where they are known already."""
-    contents = contents or folded([turn["content"] for turn in messages])
+    `contents` are the folded contents of the messages, and the folded rejected answer, where they are known already."""
+    other = [] if rejected is None else [rejected]
+    contents = contents or folded([*[turn["content"] for turn in messages], *other])
     roles = [turn["role"] for turn in messages]
     said = [f"{turn['role']}\n{turn['content']}" for turn in messages]
-    alike = [_BEGINS[role] + content for role, content in zip(roles, contents, strict=True)]
+    alike = [_BEGINS[role] + content for role, content in zip(roles, contents)]
     asked = alike[: roles.index("assistant")] if "assistant" in roles else alike
     group, talk = _digest(asked), _digest(alike)
     if rejected is None:
         exact, key = _digest_of(said), talk
     else:
         exact = _digest_of([*said, f"rejected\n{rejected}"])
-        key = _digest([*alike, b"rejected\n" + folded([rejected])[0]])
+        key = _digest([*alike, b"rejected\n" + contents[-1]])
     if roles[0] == "system":
         return Names(group, exact, key, _digest(asked[1:]), _digest(alike[1:]))
     return Names(group, exact, key, group, talk)

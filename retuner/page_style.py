@@ -79,6 +79,7 @@ details { margin: .5rem 0 0; } summary { cursor: pointer; color: var(--link); fo
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: 2px .75rem;
   margin: .6rem 0; font-size: .9rem; }
 .two div { background: var(--paper); border-radius: 6px; padding: .5rem .7rem; }
+.shared { margin: .1rem .7rem .7rem; }
 .two span { display: block; font-size: .8rem; color: var(--dim); margin-bottom: .15rem; }
 .two .held { border-left: 3px solid var(--held); } .two .train { border-left: 3px solid var(--train); }
 article { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; margin: .8rem 0;

@@ -69,6 +69,9 @@ class LeakParams(Strict):
     ngram_13: LeakPolicy
     """A run of 13 words."""
     ngram_8: LeakPolicy
+    stock_phrase: Positive | None
+    """What stands in more train rows than this counts as a stock phrase and is no leak, but told of: a run of words, or
+    a prompt of fewer than 8 words under so many system prompts. null: there are no stock phrases."""
 
 
 class PrepareParams(Strict):

@@ -23,6 +23,7 @@ HEAD = np.dtype(
         ("prompt", "<u8"),  # of all before the first answer but for case, white space and the system's text
         ("talk", "<u8"),  # of the conversation likewise
         ("words", "<u4"),  # how many
+        ("asked", "<u4"),  # how many of them before the first answer
         ("line", "<u4"),  # bytes of the line, its newline included
         ("words_at", "<u8"),  # how many stand before them in `Bodies`
         ("line_at", "<u8"),  # how many bytes of lines stand there before it

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 
 from retuner.errors import Refused
-from retuner.leaks import LONG, SHORT, Runs, Sharing, same
+from retuner.leaks import LONG, SHORT, Runs, Sharing, longest_shared, same_prompt, same_talk
+from retuner.naming import folded
 from retuner.near import SHOWN, Found, find_near
 from retuner.params import PrepareParams
+from retuner.preferences import said_in
 from retuner.redaction import redacted
 from retuner.rows import Ordered
+from retuner.sketch import words_in
 
 SHOWN_CLUSTERS = 20
 SHOWN_CHARACTERS = 120
@@ -27,6 +30,8 @@ WHAT = {
     "ngram_8": "share 8 words in a row with a held-out row",
 }
 """The kinds of leaks, in the order in which they are dealt with: what one kind removes is no leak of the next."""
+RUNS = {"ngram_13": LONG, "ngram_8": SHORT}
+"""Words of a run."""
 
 
 @dataclass
@@ -49,18 +54,20 @@ def separate(rows: Ordered, folder: Path, params: PrepareParams, sides: Sequence
     """
     made = Separation(np.zeros(len(rows), bool))
     shown = _Shown(rows, sides, params.redact)
-    for kind, field_ in (("exact", "talk"), ("same_prompt", "prompt")):
-        _deal_with(made, kind, same(rows, field_, ~made.removed), params, shown)
+    most = params.leaks.stock_phrase
+    _deal_with(made, "exact", same_talk(rows, ~made.removed), params, shown)
+    _deal_with(made, "same_prompt", same_prompt(rows, ~made.removed, most), params, shown)
     similarity = params.near_duplicates.similarity
     with ThreadPoolExecutor(2) as beside:
-        runs = beside.submit(Runs, rows, ~made.removed, folder)
-        sharing = {size: beside.submit(_sharing, runs, size) for size in (LONG, SHORT)}
+        runs = beside.submit(Runs, rows, ~made.removed, most, folder)
+        sharing = {size: beside.submit(_sharing, runs, size) for size in RUNS.values()}
         near = find_near(rows, similarity, ~made.removed, folder) if similarity else None
         _deal_with(made, "near", near.leaks if near else Found(np.zeros(len(rows), bool)), params, shown)
         with closing(runs.result()):
-            for kind, size in (("ngram_13", LONG), ("ngram_8", SHORT)):
+            for kind, size in RUNS.items():
                 _deal_with(made, kind, sharing[size].result().of(~made.removed), params, shown)
-    _deal_with_clusters(made, rows, near.clusters if near else None, params, shown)
+    clusters = _clusters_left(made, rows, near.clusters, similarity, folder) if near and similarity else None
+    _deal_with_clusters(made, rows, clusters, params, shown)
     if made.refusals:
         raise Refused(
             "train and held-out are not apart:\n" + "\n".join(made.refusals),
@@ -89,14 +96,14 @@ class _Shown:
 
     def start(self, row: int) -> str:
         """How what the user says in a row begins."""
-        _, head = next(self.rows.heads(row, row + 1))
-        turns = json.loads(self.rows.bodies.lines(head))["messages"]
-        asked = next(turn for turn in turns if turn["role"] == "user")
-        said = redacted([asked], self.redact)[0][0]["content"]
-        return " ".join(said.split())[:SHOWN_CHARACTERS]
+        return _begin(next(text for role, text in self._said(row) if role == "user"))
 
-    def leak(self, train: int, held_out: int) -> dict[str, str]:
-        return {
+    def leak(self, kind: str, train: int, held_out: int) -> dict[str, str]:
+        shared = {}
+        if size := RUNS.get(kind):
+            run = longest_shared(self._words(train), self._words(held_out), size)
+            shared = {"shared": _begin(b" ".join(run).decode())}
+        return shared | {
             "train": self.id(train),
             "held_out": self.id(held_out),
             "start": self.start(train),
@@ -104,10 +111,26 @@ class _Shown:
             "against": self.sides[self.rows.sides[held_out]],
         }
 
+    def _said(self, row: int) -> list[tuple[str, str]]:
+        """Role and text of all that a row says."""
+        _, head = next(self.rows.heads(row, row + 1))
+        told = json.loads(self.rows.bodies.lines(head))
+        turns, _ = redacted(said_in(told["messages"], told.get("rejected")), self.redact)
+        return [(turn["role"], turn["content"]) for turn in turns]
+
+    def _words(self, row: int) -> list[bytes]:
+        return b" ".join(
+            words_in(folded([text for role, text in self._said(row) if role != "system"]))
+        ).split()
+
+
+def _begin(text: str) -> str:
+    return " ".join(text.split())[:SHOWN_CHARACTERS]
+
 
 def _deal_with(made: Separation, kind: str, found: Found, params: PrepareParams, shown: _Shown) -> None:
     policy, count = getattr(params.leaks, kind), int(found.flags.sum())
-    examples = [shown.leak(*example) for example in found.examples]
+    examples = [shown.leak(kind, *example) for example in found.examples]
     if policy == "remove":
         made.removed |= found.flags
     if policy == "refuse" and count:
@@ -115,6 +138,22 @@ def _deal_with(made: Separation, kind: str, found: Found, params: PrepareParams,
         made.refusals.append("\n".join([f"  - {kind}: {count:,} train rows {WHAT[kind]}, such as", *lines]))
     removed = count if policy == "remove" else 0
     made.leaks[kind] = {"rows": count, "policy": policy, "removed": removed, "examples": examples}
+    if stock := found.stock_phrases:
+        made.leaks[kind]["stock_phrases"] = {
+            "rows": int(stock.flags.sum()),
+            "examples": [shown.leak(kind, *example) for example in stock.examples],
+        }
+
+
+def _clusters_left(made: Separation, rows: Ordered, clusters: Any, similarity: float, folder: Path) -> Any:
+    """The clusters without the rows that leaks have removed, which may be all that held some of them together."""
+    train = rows.sides == 0
+    has_lost: Any = np.zeros(len(rows), bool)
+    has_lost[clusters[train & made.removed]] = True
+    left = train & ~made.removed & has_lost[clusters]
+    if left.any():
+        clusters[left] = find_near(rows, similarity, left, folder).clusters[left]
+    return clusters
 
 
 def _deal_with_clusters(

@@ -66,9 +66,9 @@ def _words_with_others(found: re.Match[bytes]) -> bytes:
     return " ".join(_WORD.findall(found[0].decode())).encode()
 
 
-def word_hashes(texts: Sequence[bytes], rows: Sequence[int]) -> tuple[Any, Any]:
+def word_hashes(texts: Sequence[bytes]) -> tuple[Any, Any]:
     """One uint32 a word of the texts, which are as `words_in` gives them, the same on every machine; and how many words
-    each row has; `rows` says how many texts each row has."""
+    each text has."""
     padded = b"".join([b" ", b" ".join(texts), b" " * 8 * MOST_EIGHTS])
     letters = np.frombuffer(padded, np.uint8)
     is_space = letters == ord(" ")
@@ -89,8 +89,7 @@ def word_hashes(texts: Sequence[bytes], rows: Sequence[int]) -> tuple[Any, Any]:
     for word in some.tolist():
         hashes[word] ^= np.uint64(crc32(padded[starts[word] : ends[word]]) << 32)
     text_ends = np.cumsum([1, *[len(text) + 1 for text in texts]])
-    row_ends = np.searchsorted(starts, text_ends[np.cumsum([0, *rows])])
-    return (hashes >> np.uint64(32)).astype(np.uint32), np.diff(row_ends)
+    return (hashes >> np.uint64(32)).astype(np.uint32), np.diff(np.searchsorted(starts, text_ends))
 
 
 def pair_hashes(words: Any, counts: Any) -> tuple[Any, Any]:

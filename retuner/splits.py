@@ -148,10 +148,17 @@ def _told(facts: SplitsFacts, counts: "Counts", apart: "Separation", params: Pre
         for kind, told in apart.leaks.items()
         if told["rows"]
     ]
+    stock = [
+        f"{kind} {told['stock_phrases']['rows']:,}"
+        for kind, told in apart.leaks.items()
+        if told.get("stock_phrases", {}).get("rows")
+    ]
     yield (
         f"train rows that share something with held-out ones: {', '.join(leaks) or 'none'}; near duplicates within "
         f"train: {facts.duplicates['near']:,}{' removed' if apart.near['removed'] else ''}"
     )
+    if stock:
+        yield f"train rows that share only stock phrases with held-out ones, which are no leaks: {', '.join(stock)}"
 
 
 def matching(dataset: Dataset, pattern: str) -> list[DataFile]:

@@ -30,6 +30,7 @@ DEFAULTS = {
         "near": "report",
         "ngram_13": "report",
         "ngram_8": "report",
+        "stock_phrase": 10,
     },
     "held_out_fraction": 0.2,
     "split_salt": "salt",

@@ -15,8 +15,10 @@ from retuner.files import sha256_file
 from retuner.held_out import EarlierSet, FrozenSet
 from retuner.naming import group_of
 
-REPORT = dict.fromkeys(("exact", "same_prompt", "near", "ngram_13", "ngram_8"), "report")
-REMOVE = dict.fromkeys(REPORT, "remove")
+KINDS = ("exact", "same_prompt", "near", "ngram_13", "ngram_8")
+REPORT, REMOVE, REFUSE = (
+    {**dict.fromkeys(KINDS, policy), "stock_phrase": 10} for policy in ("report", "remove", "refuse")
+)
 
 
 @pytest.fixture
@@ -77,14 +79,30 @@ def test_every_planted_exact_and_same_prompt_leak_in_real_data_is_found_and_remo
     assert facts.held_out_rows == 150 and facts.held_out_groups == 150
 
 
-def test_a_prompt_under_more_than_ten_system_prompts_is_no_leak(stage):
-    rows = [chat("Go.", f"answer {n}", f"Task number {n}") for n in range(40)]
-    facts = stage({"x.jsonl": rows + [chat(words(9, n), "x") for n in range(40)]})
-    assert facts.leaks["same_prompt"] == 0 and facts.train_rows > 40
-    facts = stage(
-        {"x.jsonl": rows[:8] + [chat(words(9, n), "x") for n in range(40)]}, frozen=frozen(*rows[:2])
-    )
-    assert facts.leaks["same_prompt"] == facts.removed["same_prompt"] == 6
+def test_a_short_prompt_under_more_than_ten_system_prompts_is_a_stock_phrase_and_told_of(stage):
+    others = [chat(words(9, n), "x") for n in range(40)]
+    seven = "Tell me what you can do here."
+
+    def leaks(prompt: str, count: int, **settings) -> tuple[int, int]:
+        rows = [chat(prompt, f"answer {n}", f"Task number {n}") for n in range(count + 1)]
+        facts = stage({"x.jsonl": rows + others}, frozen=frozen(rows[0]), leaks=REMOVE | settings)
+        told = stage.report["leaks"]["same_prompt"]
+        assert facts.removed["same_prompt"] == told["rows"]
+        assert len(told["stock_phrases"]["examples"]) == min(5, told["stock_phrases"]["rows"])
+        return told["rows"], told["stock_phrases"]["rows"]
+
+    assert leaks(seven, 10) == (10, 0)
+    assert leaks(seven, 11) == (0, 11)
+    assert leaks(seven, 11, stock_phrase=11) == leaks(seven, 11, stock_phrase=None) == (11, 0)
+    assert leaks(f"{seven[:-1]} today.", 11) == (11, 0)
+
+
+@pytest.mark.parametrize("prompt", ["Hi.", words(40, 1)])
+def test_no_held_out_conversation_is_a_stock_phrase_under_however_many_system_prompts(stage, prompt):
+    rows = [chat(f"{prompt} {n}", f"answer {n}", f"Task number {m}") for n in range(10) for m in range(20)]
+    facts = stage({"x.jsonl": rows}, frozen=frozen(*rows[::20][:5]), leaks=REMOVE | {"near": "report"})
+    assert facts.removed["exact"] == 95 and facts.leaks["exact"] == 95
+    assert facts.held_out_rows == 5 and facts.train_rows == 100
 
 
 @pytest.mark.parametrize(("size", "kind"), [(13, "ngram_13"), (8, "ngram_8")])
@@ -106,19 +124,34 @@ def test_a_run_of_words_is_found_at_its_length_and_not_one_word_shorter(stage, s
     assert facts.leaks[kind] == 0
 
 
-def test_a_run_that_stands_in_more_than_ten_train_rows_is_boilerplate(stage):
+def test_a_run_that_stands_in_more_than_ten_train_rows_is_a_stock_phrase_and_told_of(stage):
     run = words(20, 1)
     tested = [chat(f"{run} {words(20, 2)}", "x")]
 
-    def leaks(count: int) -> dict[str, int]:
+    def leaks(count: int, **settings) -> set[tuple[int, int]]:
         rows = [
             chat(f"{words(15, 10 + n)} {run} {run} {words(15, 90 + n)}", words(15, 200 + n))
             for n in range(count)
         ]
-        return stage({"x.jsonl": tested + rows}, leaks=REPORT, frozen=frozen(*tested)).leaks
+        stage({"x.jsonl": tested + rows}, leaks=REPORT | settings, frozen=frozen(*tested))
+        told = [stage.report["leaks"][kind] for kind in ("ngram_13", "ngram_8")]
+        for example in [*told[0]["examples"], *told[0]["stock_phrases"]["examples"]]:
+            assert example["shared"] == run[:120].rstrip()
+        return {(each["rows"], each["stock_phrases"]["rows"]) for each in told}
 
-    assert leaks(10)["ngram_13"] == leaks(10)["ngram_8"] == 10
-    assert leaks(11)["ngram_13"] == leaks(11)["ngram_8"] == 0
+    assert leaks(10) == {(10, 0)}
+    assert leaks(11) == {(0, 11)}
+    assert leaks(11, stock_phrase=11) == leaks(11, stock_phrase=None) == {(11, 0)}
+
+
+def test_a_row_counts_once_though_it_shares_stock_phrases_too(stage):
+    run = words(20, 1)
+    tested = [chat(f"{run} {words(20, 2)}", words(20, 3))]
+    rows = [chat(f"{words(15, 10 + n)} {run}", words(15, 200 + n)) for n in range(20)]
+    leak = chat(f"{words(15, 50)} {run}", words(20, 3))
+    stage({"x.jsonl": [*tested, *rows, leak]}, leaks=REPORT, frozen=frozen(*tested))
+    told = stage.report["leaks"]["ngram_13"]
+    assert (told["rows"], told["stock_phrases"]["rows"]) == (1, 20)
 
 
 @pytest.mark.parametrize("at_once", ["all", "some", "one part"])
@@ -157,6 +190,43 @@ def runs_of(row: dict, size: int) -> set[tuple[str, ...]]:
     return {tuple(words[at : at + size]) for at in range(len(words) - size + 1)}
 
 
+def pair(prompt: str, chosen: str, rejected: str) -> dict:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_both_answers_of_preference_pairs_are_searched_for_leaks(stage):
+    held_out = [pair(f"Tested {n}", words(20, 10 + n), words(20, 30 + n)) for n in range(4)]
+    of_chosen = [pair(f"Q {n}", words(20, 50 + n), row["chosen"]) for n, row in enumerate(held_out)]
+    of_rejected = [pair(f"R {n}", row["rejected"], words(20, 70 + n)) for n, row in enumerate(held_out)]
+    others = [pair(f"S {n}", words(20, 90 + n), words(20, 120 + n)) for n in range(9)]
+    held = frozen(*(chat(row["prompt"], "") for row in held_out))
+    facts = stage(
+        {"x.jsonl": held_out + of_chosen + of_rejected + others},
+        format="preference",
+        frozen=held,
+        leaks=REPORT,
+    )
+    assert facts.leaks["ngram_13"] == facts.leaks["ngram_8"] == 8
+    assert len({example["shared"] for example in stage.report["leaks"]["ngram_13"]["examples"]}) > 1
+
+
+def test_rows_that_only_a_removed_leak_held_together_are_no_near_duplicates(stage):
+    text = words(140, 1).split()
+    run = words(8, 2)
+    # Neighbours resemble one another, the first and the last do not.
+    alike = [text[:100], [*text[20:120], run], text[40:]]
+    rows = [chat(" ".join(said[:50]), " ".join(said[50:])) for said in alike]
+    tested = chat(words(9, 3), run)
+    remove = {"similarity": 0.5, "policy": "remove"}
+    for policy, left in (("report", 1), ("remove", 2)):
+        leaks = REPORT | {"ngram_8": policy}
+        facts = stage(
+            {"x.jsonl": [tested, *rows]}, leaks=leaks, frozen=frozen(tested), near_duplicates=remove
+        )
+        assert facts.leaks["ngram_8"] == 1 and facts.leaks["near"] == 0
+        assert facts.train_rows == left
+
+
 def test_what_only_a_system_prompt_shares_is_no_run(stage):
     system = words(30, 1)
     rows = [chat(words(12, 10 + n), "x", system) for n in range(8)]
@@ -167,7 +237,7 @@ def test_leaks_to_be_refused_are_named_all_at_once_with_examples(stage):
     rows = [chat(words(30, n), words(5, 500 + n)) for n in range(40)]
     leaks = [chat(row["messages"][0]["content"], "other", "System.") for row in rows[:3]]
     with pytest.raises(Refused) as refusal:
-        stage({"x.jsonl": rows + leaks}, leaks=dict.fromkeys(REPORT, "refuse"), frozen=frozen(*rows[:9]))
+        stage({"x.jsonl": rows + leaks}, leaks=REFUSE, frozen=frozen(*rows[:9]))
     message = str(refusal.value)
     assert "same_prompt: 3 train rows" in message and "near: 3 train rows" in message
     assert "exact" not in refusal.value.found and "w" in message and "remove" in refusal.value.do

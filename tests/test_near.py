@@ -49,6 +49,7 @@ REMOVING = {
         "near": "remove",
         "ngram_13": "report",
         "ngram_8": "report",
+        "stock_phrase": 10,
     },
 }
 
@@ -72,6 +73,20 @@ def test_planted_near_duplicates_and_near_leaks_in_real_data_are_found(stage, na
     assert sum(not left.issuperset(pair) for pair in within) >= 0.95 * len(within)
     assert sum(not left & set(pair) for pair in across) >= 0.95 * len(across)
     assert {row["id"] for row in stage.rows("held_out")} == held_out
+
+
+def test_preference_pairs_with_other_rejected_answers_are_no_near_duplicates(stage):
+    numbers = random.Random(1)
+
+    def said(count: int) -> str:
+        return " ".join(str(numbers.randrange(10**9)) for _ in range(count))
+
+    prompt, chosen = said(10), said(20)
+    rows = [{"prompt": prompt, "chosen": chosen, "rejected": said(60)} for _ in range(9)]
+    rows += [{"prompt": f"Other {n}", "chosen": said(9), "rejected": said(9)} for n in range(30)]
+    rows.append({**rows[0], "rejected": rows[0]["rejected"] + " more"})
+    stage({"x.jsonl": rows}, format="preference", **REMOVING)
+    assert stage.report["duplicates"]["near"] == 1
 
 
 @real_data
