@@ -3,10 +3,10 @@ whole shifted in length, in roles and in words."""
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from textwrap import shorten
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -22,6 +22,10 @@ SHOWN = 5
 SHOWN_WORDS = 12
 DESCRIBED_AT_ONCE = 256
 START_CHARACTERS = 160
+COMBINED_CHARACTERS = 16
+"""No character of a living language, and no emoji, is spelled with more."""
+JOINER = "\u200d"
+SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9, "longest": 1.0}
 
@@ -315,13 +319,35 @@ class _Examples:
 
 def _prompt(chat: Chat) -> str:
     asked = next(message for message in chat.messages if message["role"] == "user")
-    return shorten(asked["content"], START_CHARACTERS, placeholder=" …")
+    return _cut(_line(asked["content"]))
 
 
 def _answer(chat: Chat) -> str:
     """All that follows the prompt, in short."""
     said = [m["content"] for m in said_in(chat.messages, chat.rejected) if m["role"] != "system"][1:]
-    return shorten(" / ".join(said), START_CHARACTERS, placeholder=" …")
+    return _cut(_line(" / ".join(said)))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cut(line: str) -> str:
+    """The first characters of a line, with … where it goes on."""
+    end = _border(line, START_CHARACTERS)
+    return line[:end] + ("…" if end < len(line) else "")
+
+
+def _border(line: str, at: int) -> int:
+    """Where to cut at about `at`: not between a character and those that combine with it, unless there are many."""
+    if not 0 < at < len(line):
+        return max(0, min(at, len(line)))
+    places = range(at, max(0, at - COMBINED_CHARACTERS), -1)
+    return next((place for place in places if not _combine(line[place - 1], line[place])), at)
+
+
+def _combine(left: str, right: str) -> bool:
+    return unicodedata.category(right)[0] == "M" or JOINER in (left, right) or right in SKIN_TONES
 
 
 def _words(words: list[Counter[str]], wanted: Callable[[str], bool]) -> tuple[WordShift, ...]:

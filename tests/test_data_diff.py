@@ -132,6 +132,24 @@ def test_shifts_in_length_roles_and_words_are_those_of_the_whole(compare):
     assert 0 < found.vocabulary_shift < 0.5
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("请" * 500, "请" * 160 + "…"),
+        ("https://example.org/" + "a" * 300, "https://example.org/" + "a" * 140 + "…"),
+        ("two  words\n\nhere", "two words here"),
+        ("字" * 160, "字" * 160),
+        ("x" * 159 + "e\u0301" * 9, "x" * 159 + "…"),
+        ("न" + "मि" * 200, "न" + "मि" * 79 + "…"),
+        ("x" * 157 + "\U0001f469\u200d\U0001f469\u200d\U0001f467" * 2, "x" * 157 + "…"),
+        ("e" + "\u0301" * 900, "e" + "\u0301" * 159 + "…"),
+    ],
+)
+def test_a_long_text_is_cut_between_characters_whether_it_has_spaces_or_not(compare, text, shown):
+    [row] = compare({"x.jsonl": []}, {"x.jsonl": [asked(text, text)]}).examples_added
+    assert (row.prompt, row.answer) == (shown, shown)
+
+
 def test_data_of_another_kind_is_refused_with_the_revision_it_stands_in(compare):
     with pytest.raises(Refused, match=r"^b: x\.jsonl:1 .*preference"):
         compare({"x.jsonl": [asked("Q?", "a")]}, {"x.jsonl": [{"chosen": "a", "rejected": "b"}]})
