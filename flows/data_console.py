@@ -1,18 +1,20 @@
 """What `retuner data stats` and `retuner data diff` show in a terminal."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from retuner.data_diff import DataDiff, State, WordShift
 from retuner.data_page import LEFT_OUT
 from retuner.data_report import LEAKS, DataReport, TokenReport
 from retuner.describe import ROLES
 from retuner.page_parts import percent
+
+if TYPE_CHECKING:
+    from retuner.data_diff import DataDiff, State, WordShift
 
 
 def show_stats(report: Mapping[str, Any], tokens: Mapping[str, Any] | None) -> None:
@@ -40,7 +42,7 @@ def show_stats(report: Mapping[str, Any], tokens: Mapping[str, Any] | None) -> N
     _show_findings(console, read)
 
 
-def show_diff(found: DataDiff) -> None:
+def show_diff(found: "DataDiff") -> None:
     """What changed, on stdout."""
     console = Console(highlight=False)
     a, b = found.a, found.b
@@ -91,7 +93,7 @@ def show_diff(found: DataDiff) -> None:
     _show_examples(console, found)
 
 
-def _shape(a: State, b: State) -> Table:
+def _shape(a: "State", b: "State") -> Table:
     shape = _table("", a.name, b.name, "")
     lines: list[tuple[str, int, int]] = [("usable rows", a.rows, b.rows)]
     lines += [
@@ -116,13 +118,13 @@ def _change(then: int, now: int) -> Text:
     return Text(f"{now - then:+,}{share}", style="dim")
 
 
-def _word(shift: WordShift) -> str:
+def _word(shift: "WordShift") -> str:
     if shift.a and shift.b:
         return f"{shift.word} {shift.a:,}→{shift.b:,}"
     return f"{shift.word} {shift.a or shift.b:,}"
 
 
-def _show_examples(console: Console, found: DataDiff) -> None:
+def _show_examples(console: Console, found: "DataDiff") -> None:
     if found.examples_added or found.examples_removed or found.examples_changed:
         console.print("\nexamples", style="dim")
     for what, rows, style in (

@@ -17,6 +17,7 @@ from retuner.describe import Description
 from retuner.errors import Refused
 from retuner.naming import names_of
 from retuner.preferences import said_in
+from retuner.sketch import SPACED_WORD, UNSPACED_WORD
 
 SHOWN = 5
 SHOWN_WORDS = 12
@@ -26,7 +27,7 @@ COMBINED_CHARACTERS = 16
 """No character of a living language, and no emoji, is spelled with more."""
 JOINER = "\u200d"
 SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
-WORD = re.compile(r"\w+(?:['’]\w+)*")
+WORD = re.compile(f"{UNSPACED_WORD}|{SPACED_WORD}(?:['’]{SPACED_WORD})*")
 QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9, "longest": 1.0}
 
 Side = Callable[[str], str]

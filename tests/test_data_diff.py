@@ -150,6 +150,23 @@ def test_a_long_text_is_cut_between_characters_whether_it_has_spaces_or_not(comp
     assert (row.prompt, row.answer) == (shown, shown)
 
 
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("It's l’été, x_1!", {"it's", "l’été", "x_1"}),
+        ("请问‘好’吗", {"请", "问", "好", "吗"}),
+        ("हिन्दी में", {"हिन्दी", "में"}),
+        ("مُحَمَّد", {"مُحَمَّد"}),
+        ("cafe\u0301s", {"cafe\u0301s"}),
+        ("ที่นี่", {"ที่", "นี่"}),
+        ("❤️", set()),
+    ],
+)
+def test_words_of_every_script_keep_their_marks_and_those_without_spaces_are_characters(compare, said, words):
+    found = compare({"x.jsonl": [asked("q", "q")]}, {"x.jsonl": [asked("q", "q"), asked("q", f"q {said}")]})
+    assert {word.word for word in found.words_came} == words
+
+
 def test_data_of_another_kind_is_refused_with_the_revision_it_stands_in(compare):
     with pytest.raises(Refused, match=r"^b: x\.jsonl:1 .*preference"):
         compare({"x.jsonl": [asked("Q?", "a")]}, {"x.jsonl": [{"chosen": "a", "rejected": "b"}]})
