@@ -1,5 +1,7 @@
 """What `retuner data stats` and `retuner data diff` show in a terminal."""
 
+import re
+import unicodedata
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,13 @@ from retuner.describe import ROLES
 from retuner.page_parts import percent
 
 if TYPE_CHECKING:
-    from retuner.data_diff import DataDiff, State, WordShift
+    from retuner.data_diff import Change, DataDiff, State, WordShift
+
+JOINERS = "\u200c\u200d"
+"""Of these, emoji and words of some languages are made."""
+STEERS = ("Cc", "Cf", "Cs")
+"""Categories of Unicode: controls, what formats without being seen, halves of characters."""
+UNSEEN = re.compile(rf"[\s{JOINERS}\ufe00-\ufe0f]")
 
 
 def show_stats(report: Mapping[str, Any], tokens: Mapping[str, Any] | None) -> None:
@@ -63,6 +71,7 @@ def show_diff(found: "DataDiff") -> None:
         ("added", found.added, found.added_by_side, "green"),
         ("removed", found.removed, found.removed_by_side, "red"),
         ("answered anew", found.changed, {}, "yellow"),
+        ("asked differently", found.asked_differently, {}, "yellow"),
         ("kept", found.kept, {}, ""),
     ):
         by_side = [f"{sides[side]:,}" if side in sides else "" for side in ("train", "held_out")]
@@ -125,7 +134,11 @@ def _word(shift: "WordShift") -> str:
 
 
 def _show_examples(console: Console, found: "DataDiff") -> None:
-    if found.examples_added or found.examples_removed or found.examples_changed:
+    changed = {
+        "answered anew": found.examples_changed,
+        "asked differently": found.examples_asked_differently,
+    }
+    if found.examples_added or found.examples_removed or any(changed.values()):
         console.print("\nexamples", style="dim")
     for what, rows, style in (
         ("added", found.examples_added, "green"),
@@ -134,20 +147,55 @@ def _show_examples(console: Console, found: "DataDiff") -> None:
         for row in rows:
             side = f" ({row.side.replace('_', ' ')})" if row.side else ""
             console.print(
-                Text.assemble((f"{what}{side} ", style), row.prompt, ("\n   → ", "dim"), row.answer)
+                Text.assemble((f"{what}{side} ", style), row.prompt, ("\n   → ", "dim"), row.answer),
+                soft_wrap=True,
             )
-    for change in found.examples_changed:
-        side = f" ({change.side.replace('_', ' ')})" if change.side else ""
-        console.print(
-            Text.assemble(
-                (f"answered anew{side} ", "yellow"),
-                change.prompt,
-                ("\n   - ", "red"),
-                change.before,
-                ("\n   + ", "green"),
-                change.after,
+    for what, changes in changed.items():
+        for change in changes:
+            side = f" ({change.side.replace('_', ' ')})" if change.side else ""
+            before, after = _told_apart(change)
+            console.print(
+                Text.assemble(
+                    (f"{what}{side} ", "yellow"),
+                    change.prompt,
+                    ("\n   - ", "red"),
+                    before,
+                    ("\n   + ", "green"),
+                    after,
+                ),
+                soft_wrap=True,
             )
-        )
+
+
+def _told_apart(change: "Change") -> tuple[str, str]:
+    """Both sides; where they would look the same, what one cannot see of them is spelled out."""
+    looks = {_look(text) for text in (change.before, change.after)}
+    spelled = _unseen_spelled if len(looks) == 1 else _visible
+    return spelled(change.before), spelled(change.after)
+
+
+def _look(text: str) -> str:
+    """Equal for texts that differ only in what one cannot see."""
+    return UNSEEN.sub("", unicodedata.normalize("NFC", text))
+
+
+def _visible(text: str) -> str:
+    """With escapes such as \\x1b and \\u202e for what would steer the terminal, or the order in which it writes."""
+    return "".join(
+        _escaped(each) if unicodedata.category(each) in STEERS and each not in JOINERS else each
+        for each in text
+    )
+
+
+def _unseen_spelled(text: str) -> str:
+    return "".join(
+        "·" if each == " " else _escaped(each) if unicodedata.category(each)[0] in "CMZ" else each
+        for each in text
+    )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def _show_description(console: Console, read: DataReport) -> None:

@@ -1,13 +1,15 @@
-"""What changed between two states of the data: conversations that came, went or were answered anew, and how the
-whole shifted in length, in roles and in words."""
+"""What changed between two states of the data: conversations that came, went, were answered anew or asked differently,
+and how the whole shifted in length, in roles and in words."""
 
+import hashlib
 import math
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import product
+from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,6 +23,9 @@ from retuner.sketch import SPACED_WORD, UNSPACED_WORD
 
 SHOWN = 5
 SHOWN_WORDS = 12
+LIKENED = 20
+"""On either side, to find which became which."""
+ASKING = ("system", "user")
 DESCRIBED_AT_ONCE = 256
 START_CHARACTERS = 160
 COMBINED_CHARACTERS = 16
@@ -36,6 +41,9 @@ Read = Callable[[Iterable[DataFile]], Iterator[Chat | BadRow]]
 """`retuner.intake.read_redacted` as params say."""
 
 
+T = TypeVar("T")
+
+
 class Told(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,8 +55,10 @@ class RowChange(Told):
     side: str | None = None
 
 
-class AnswerChange(Told):
-    """A prompt that was answered in one way and is now in another."""
+class Change(Told):
+    """What a conversation says and what the one in its place says: where long, the stretch around the first difference.
+
+    White space is as it is where nothing else differs, else each run of it is a space."""
 
     prompt: str
     before: str
@@ -92,7 +102,10 @@ class DataDiff(Told):
     added: int
     removed: int
     changed: int
-    """Of those that came and went, the pairs with the same prompt: these are not in `added` and `removed`."""
+    """Those in place of one with the same prompt but for case and white space, and with other answers. They are not in
+    `added` and `removed`."""
+    asked_differently: int
+    """As `changed`, but with the very same answers: case or white space of the prompt, or a later question, differs."""
     moved: int | None
     """Prompts in both that changed sides; None when no params say how the data is split."""
     added_by_side: dict[str, int]
@@ -107,11 +120,16 @@ class DataDiff(Told):
     """In both, those that make most of the shift."""
     examples_added: tuple[RowChange, ...]
     examples_removed: tuple[RowChange, ...]
-    examples_changed: tuple[AnswerChange, ...]
+    examples_changed: tuple[Change, ...]
+    """What follows the prompts."""
+    examples_asked_differently: tuple[Change, ...]
+    """Whole conversations."""
 
 
 class Row(NamedTuple):
     group: bytes
+    answers: bytes
+    """Hash of the exact answers, the rejected one among them."""
     id: bytes
 
 
@@ -143,14 +161,14 @@ class Source:
 def diff(a: Source, b: Source, read: Read) -> DataDiff:
     """Compare two states, both read by `read`.
 
-    A file that is the same in both is read once. Memory grows with the conversations, by some 300 bytes each.
+    A file that is the same in both is read once. Memory grows with the conversations, by some 400 bytes each.
     Errors: Refused when a file is of another kind, Unavailable when one cannot be read.
     """
     same = {(file.relpath, file.md5) for file in a.files} & {(file.relpath, file.md5) for file in b.files}
     both = _read(b.name, [file for file in b.files if (file.relpath, file.md5) in same], read)
     only = [_read(s.name, [f for f in s.files if (f.relpath, f.md5) not in same], read) for s in (a, b)]
     came, went = only[1].rows - only[0].rows, only[0].rows - only[1].rows
-    changed = _changed(went, came)
+    anew, differently = _replaced(went, came)
     totals = []
     for reading in only:
         total = Reading()
@@ -159,9 +177,12 @@ def diff(a: Source, b: Source, read: Read) -> DataDiff:
         totals.append(total)
     names = [{file.relpath: file.md5 for file in source.files} for source in (a, b)]
     words = [total.words for total in totals]
-    shown = _Examples(_first(went, changed), _first(came, changed), set(list(changed)[:SHOWN]))
-    if shown.wanted:
-        shown.look(a, b, same, read)
+    first = [_first(rows, anew + differently) for rows in (went, came)]
+    pairs = [_candidates(went, came, anew, False), _candidates(went, came, differently, True)]
+    chats = [
+        _chats(source, first[at].union(*(pair[at] for each in pairs for pair in each)), same, read)
+        for at, source in enumerate((a, b))
+    ]
     return DataDiff(
         a=_state(a, totals[0]),
         b=_state(b, totals[1]),
@@ -171,19 +192,23 @@ def diff(a: Source, b: Source, read: Read) -> DataDiff:
             sorted(n for n in names[0].keys() & names[1].keys() if names[0][n] != names[1][n])
         ),
         kept=(totals[0].rows & totals[1].rows).total(),
-        added=came.total() - sum(changed.values()),
-        removed=went.total() - sum(changed.values()),
-        changed=sum(changed.values()),
+        added=came.total() - anew.total() - differently.total(),
+        removed=went.total() - anew.total() - differently.total(),
+        changed=anew.total(),
+        asked_differently=differently.total(),
         moved=_moved(a, b, totals[0].rows, totals[1].rows),
-        added_by_side=_by_side(b, came, changed),
-        removed_by_side=_by_side(a, went, changed),
+        added_by_side=_by_side(b, came, anew + differently),
+        removed_by_side=_by_side(a, went, anew + differently),
         vocabulary_shift=jensen_shannon(*words),
         words_came=_words(words, lambda word: word not in words[0]),
         words_went=_words(words, lambda word: word not in words[1]),
         words_shifted=_shifted(*words),
-        examples_added=tuple(shown.came),
-        examples_removed=tuple(shown.went),
-        examples_changed=tuple(shown.answers()),
+        examples_added=tuple(_row_change(b, row, chat) for row, chat in chats[1].items() if row in first[1]),
+        examples_removed=tuple(
+            _row_change(a, row, chat) for row, chat in chats[0].items() if row in first[0]
+        ),
+        examples_changed=tuple(_change(b, pair, chats, _answers) for pair in pairs[0]),
+        examples_asked_differently=tuple(_change(b, pair, chats, _whole) for pair in pairs[1]),
     )
 
 
@@ -217,7 +242,7 @@ def _read(name: str, files: Iterable[DataFile], read: Read) -> Reading:
             described = []
         found.rows[_row(row)] += 1
         for message in messages:
-            found.words.update(WORD.findall(message["content"].casefold()))
+            found.words.update(_words_of(message["content"]))
     found.description.add_all(described)
     return found
 
@@ -231,16 +256,24 @@ def _rows(name: str, files: Iterable[DataFile], read: Read) -> Iterator[Chat | B
 
 def _row(chat: Chat) -> Row:
     names = names_of(chat.messages, chat.rejected)
-    return Row(names.group, names.id)
+    answers = [m["content"] for m in said_in(chat.messages, chat.rejected) if m["role"] not in ASKING]
+    # NUL keeps them apart: no text of a chat holds one.
+    return Row(names.group, hashlib.sha256("\0".join(answers).encode()).digest()[:16], names.id)
 
 
-def _changed(went: Counter[Row], came: Counter[Row]) -> dict[bytes, int]:
-    """Group to how many of its conversations went while as many others came."""
-    gone, new = Counter[bytes](), Counter[bytes]()
-    for counted, rows in ((gone, went), (new, came)):
-        for row, count in rows.items():
-            counted[row.group] += count
-    return dict(sorted((gone & new).items()))
+def _replaced(went: Counter[Row], came: Counter[Row]) -> tuple[Counter[bytes], Counter[bytes]]:
+    """Of each group, how many conversations were answered anew, and how many only asked differently."""
+    gone, new = (_counted((row.group, count) for row, count in rows.items()) for rows in (went, came))
+    said_then, said_now = (_counted((row[:2], count) for row, count in rows.items()) for rows in (went, came))
+    differently = _counted((group, count) for (group, _), count in (said_then & said_now).items())
+    return (gone & new) - differently, differently
+
+
+def _counted(pairs: Iterable[tuple[T, int]]) -> Counter[T]:
+    found = Counter[T]()
+    for what, count in pairs:
+        found[what] += count
+    return found
 
 
 def _moved(a: Source, b: Source, rows_a: Counter[Row], rows_b: Counter[Row]) -> int | None:
@@ -250,72 +283,88 @@ def _moved(a: Source, b: Source, rows_a: Counter[Row], rows_b: Counter[Row]) -> 
     return sum(a.side(group) != b.side(group) for group in both)
 
 
-def _by_side(source: Source, rows: Counter[Row], changed: Mapping[bytes, int]) -> dict[str, int]:
+def _by_side(source: Source, rows: Counter[Row], replaced: Counter[bytes]) -> dict[str, int]:
     if source.side is None:
         return {}
     sides: Counter[str] = Counter(train=0, held_out=0)
-    groups: Counter[bytes] = Counter()
-    for row, count in rows.items():
-        groups[row.group] += count
-    for group, count in groups.items():
-        sides[source.side(group.hex())] += count - changed.get(group, 0)
+    for group, count in _counted((row.group, count) for row, count in rows.items()).items():
+        sides[source.side(group.hex())] += count - replaced[group]
     return dict(sides)
 
 
-def _first(rows: Counter[Row], changed: Mapping[bytes, int]) -> set[Row]:
+def _first(rows: Counter[Row], replaced: Counter[bytes]) -> set[Row]:
     """A few that came or went, not in place of one another, with different prompts where there are any."""
-    found = sorted(row for row in rows if row.group not in changed)
+    found = sorted(row for row in rows if row.group not in replaced)
     of_group = {row.group: row for row in reversed(found)}
     return set([*sorted(of_group.values()), *found][:SHOWN])
 
 
-@dataclass
-class _Examples:
-    """The texts of a few rows, found by a second look into the files that differ."""
+def _candidates(
+    went: Counter[Row], came: Counter[Row], replaced: Counter[bytes], same_answers: bool
+) -> list[tuple[list[Row], list[Row]]]:
+    """Of each of a few groups, rows of which one went and one came in its place: with the same answers, or with answers
+    that the other side has not, or not as often."""
+    groups = sorted(replaced)[:SHOWN]
+    found = []
+    for gone, new in zip(_of(groups, went), _of(groups, came)):
+        then, now = (_counted((row.answers, count) for row, count in rows.items()) for rows in (gone, new))
+        wanted = [{min(then & now)}] * 2 if same_answers else [then - now, now - then]
+        before, after = (
+            sorted(row for row in rows if row.answers in answers)[:LIKENED]
+            for rows, answers in zip((gone, new), wanted)
+        )
+        found.append((before, after))
+    return found
 
-    want_went: set[Row]
-    want_came: set[Row]
-    want_changed: set[bytes]
-    went: list[RowChange] = field(default_factory=list)
-    came: list[RowChange] = field(default_factory=list)
-    before: dict[bytes, list[tuple[bytes, Chat, str | None]]] = field(default_factory=dict)
-    after: dict[bytes, list[tuple[bytes, Chat, str | None]]] = field(default_factory=dict)
 
-    @property
-    def wanted(self) -> bool:
-        return bool(self.want_went or self.want_came or self.want_changed)
+def _of(groups: Sequence[bytes], rows: Counter[Row]) -> list[Counter[Row]]:
+    found = {group: Counter[Row]() for group in groups}
+    for row, count in rows.items():
+        if row.group in found:
+            found[row.group][row] = count
+    return list(found.values())
 
-    def look(self, a: Source, b: Source, same: set[tuple[str, str]], read: Read) -> None:
-        for source, wanted, rows, answers in (
-            (a, self.want_went, self.went, self.before),
-            (b, self.want_came, self.came, self.after),
-        ):
-            differing = [file for file in source.files if (file.relpath, file.md5) not in same]
-            for chat in _rows(source.name, differing, read):
-                if isinstance(chat, BadRow):
-                    continue
-                row = _row(chat)
-                side = source.side(row.group.hex()) if source.side else None
-                if row in wanted:
-                    wanted.discard(row)
-                    rows.append(
-                        RowChange(id=row.id.hex(), prompt=_prompt(chat), answer=_answer(chat), side=side)
-                    )
-                elif row.group in self.want_changed:
-                    answers.setdefault(row.group, []).append((row.id, chat, side))
 
-    def answers(self) -> Iterator[AnswerChange]:
-        for group in sorted(self.want_changed):
-            ids = [{id for id, _, _ in each.get(group, ())} for each in (self.after, self.before)]
-            before = [found for found in self.before.get(group, ()) if found[0] not in ids[0]]
-            after = [found for found in self.after.get(group, ()) if found[0] not in ids[1]]
-            if before and after:
-                yield AnswerChange(
-                    prompt=_prompt(after[0][1]),
-                    before=_answer(before[0][1]),
-                    after=_answer(after[0][1]),
-                    side=after[0][2],
-                )
+def _chats(source: Source, wanted: set[Row], same: set[tuple[str, str]], read: Read) -> dict[Row, Chat]:
+    """The texts of a few rows, by a second look into the files that differ."""
+    found: dict[Row, Chat] = {}
+    if not wanted:
+        return found
+    for chat in _rows(source.name, [f for f in source.files if (f.relpath, f.md5) not in same], read):
+        if not isinstance(chat, BadRow) and (row := _row(chat)) in wanted:
+            found.setdefault(row, chat)
+    return found
+
+
+def _row_change(source: Source, row: Row, chat: Chat) -> RowChange:
+    return RowChange(
+        id=row.id.hex(), prompt=_prompt(chat), answer=_cut(_line(_answers(chat))), side=_side(source, row)
+    )
+
+
+def _change(
+    b: Source,
+    candidates: tuple[list[Row], list[Row]],
+    chats: Sequence[Mapping[Row, Chat]],
+    text_of: Callable[[Chat], str],
+) -> Change:
+    """The two candidates that are most alike."""
+    words = [
+        {row: Counter(_words_of(_whole(found[row]))) for row in rows}
+        for rows, found in zip(candidates, chats)
+    ]
+
+    def alike(pair: tuple[Row, Row]) -> float:
+        then, now = words[0][pair[0]], words[1][pair[1]]
+        return (then & now).total() / max(1, then.total() + now.total())
+
+    gone, new = max(product(*candidates), key=alike)
+    before, after = _around_the_difference(text_of(chats[0][gone]), text_of(chats[1][new]))
+    return Change(prompt=_prompt(chats[1][new]), before=before, after=after, side=_side(b, new))
+
+
+def _side(source: Source, row: Row) -> str | None:
+    return source.side(row.group.hex()) if source.side else None
 
 
 def _prompt(chat: Chat) -> str:
@@ -323,20 +372,40 @@ def _prompt(chat: Chat) -> str:
     return _cut(_line(asked["content"]))
 
 
-def _answer(chat: Chat) -> str:
-    """All that follows the prompt, in short."""
-    said = [m["content"] for m in said_in(chat.messages, chat.rejected) if m["role"] != "system"][1:]
-    return _cut(_line(" / ".join(said)))
+def _answers(chat: Chat) -> str:
+    """All that follows the prompt."""
+    return " / ".join(
+        [m["content"] for m in said_in(chat.messages, chat.rejected) if m["role"] != "system"][1:]
+    )
+
+
+def _whole(chat: Chat) -> str:
+    return " / ".join(message["content"] for message in said_in(chat.messages, chat.rejected))
+
+
+def _words_of(text: str) -> list[str]:
+    return WORD.findall(text.casefold())
 
 
 def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _cut(line: str) -> str:
-    """The first characters of a line, with … where it goes on."""
-    end = _border(line, START_CHARACTERS)
-    return line[:end] + ("…" if end < len(line) else "")
+def _around_the_difference(before: str, after: str) -> tuple[str, str]:
+    lines = [_line(before), _line(after)]
+    if lines[0] == lines[1]:
+        lines = [before, after]
+    shorter = min(map(len, lines))
+    differs_at = next((at for at in range(shorter) if lines[0][at] != lines[1][at]), shorter)
+    start = differs_at - START_CHARACTERS // 2
+    return _cut(lines[0], start), _cut(lines[1], start)
+
+
+def _cut(line: str, start: int = 0) -> str:
+    """So many characters of a line, with … where it goes on."""
+    begin = _border(line, start)
+    end = _border(line, max(0, start) + START_CHARACTERS)
+    return ("…" if begin else "") + line[begin:end] + ("…" if end < len(line) else "")
 
 
 def _border(line: str, at: int) -> int:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from projects import add_to_dvc, chats, make_project, write_chats
 
 from flows.cli import main
+from flows.data_console import show_diff
 from retuner.chats import read_chats
 from retuner.data_diff import Source, diff, jensen_shannon
 from retuner.dataset import DataFile
@@ -47,8 +48,8 @@ def source(folder: Path, name: str, files: dict[str, list[dict | str]], side=Non
 
 @pytest.fixture
 def compare(tmp_path):
-    def compared(a: dict, b: dict, side=None):
-        return diff(source(tmp_path, "a", a, side), source(tmp_path, "b", b, side), read)
+    def compared(a: dict, b: dict, format="auto"):
+        return diff(source(tmp_path, "a", a), source(tmp_path, "b", b), partial(read_chats, format=format))
 
     return compared
 
@@ -65,6 +66,92 @@ def test_rows_that_came_went_or_were_answered_anew_are_told_apart(compare):
     [anew] = found.examples_changed
     assert (anew.prompt, anew.before, anew.after) == ("Why?", "So.", "Because.")
     assert (found.moved, found.added_by_side) == (None, {})
+
+
+def test_what_keeps_its_answers_is_asked_differently_not_answered_anew(compare):
+    kind = {"role": "system", "content": "Be kind."}
+    found = compare(
+        {
+            "x.jsonl": [
+                asked("What is it?", "A cat."),
+                {"messages": [kind, *asked("Hi", "Hello")["messages"]]},
+            ]
+        },
+        {
+            "x.jsonl": [
+                asked("what  is it?", "A cat."),
+                {"messages": [{**kind, "content": "be kind."}, *asked("Hi", "Hello")["messages"]]},
+            ]
+        },
+    )
+    assert (found.added, found.removed, found.changed, found.asked_differently) == (0, 0, 0, 2)
+    assert {(each.before, each.after) for each in found.examples_asked_differently} == {
+        ("What is it? / A cat.", "what is it? / A cat."),
+        ("Be kind. / Hi / Hello", "be kind. / Hi / Hello"),
+    }
+
+
+def pair(chosen: str, rejected: str) -> dict:
+    return {"prompt": "Q?", "chosen": chosen, "rejected": rejected}
+
+
+LATER = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "So."}]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [
+        (asked("Q?", "a" * 400 + "1"), asked("Q?", "a" * 400 + "2"), "…" + "a" * 80 + "2"),
+        (asked("Q?", "字" * 400 + "甲"), asked("Q?", "字" * 400 + "乙" * 99), "…" + "字" * 80 + "乙" * 80 + "…"),
+        (pair("yes", "no"), pair("yes", "never"), "yes / never"),
+        (pair("y" * 300, "no"), pair("y" * 300, "never"), "…" + "y" * 76 + " / never"),
+        (asked("Q?", "y " * 200), {"messages": [*asked("Q?", "y " * 200)["messages"], *LATER]}, None),
+        (asked("Q?", "two words"), asked("Q?", "two  words\n"), "two  words\n"),
+    ],
+)  # fmt: skip
+def test_an_example_of_what_was_answered_anew_shows_where_the_answers_differ(compare, before, after, shown):
+    format = "preference" if "chosen" in before else "auto"
+    found = compare({"x.jsonl": [before]}, {"x.jsonl": [after]}, format)
+    [change] = found.examples_changed
+    assert found.changed == 1 and change.before != change.after
+    if shown:
+        assert change.after == shown
+
+
+@given(st.text("ab \n", min_size=1, max_size=400), st.text("ab \n", min_size=1, max_size=400))
+def test_two_different_answers_are_never_shown_as_the_same(tmp_path_factory, then, now):
+    folder = tmp_path_factory.mktemp("answers")
+    a, b = (
+        source(folder, name, {"x.jsonl": [asked("Q?", f"{'a' * 99}{said}")]})
+        for name, said in (("a", then), ("b", now))
+    )
+    for change in diff(a, b, read).examples_changed:
+        assert change.before != change.after
+
+
+def test_of_many_conversations_with_one_prompt_each_is_paired_with_what_it_became(compare):
+    stays, old, new = (
+        asked("hello", "stays"),
+        "The weather is fine in the north.",
+        "The weather is foul in the north.",
+    )
+    found = compare(
+        {"x.jsonl": [asked("hello", "a cat"), asked("hello", old), asked("hello", "some dog"), stays]},
+        {
+            "x.jsonl": [
+                asked("Hello", "a cat"),
+                stays,
+                stays,
+                asked("hello", "nothing at all"),
+                asked("hello", new),
+            ]
+        },
+    )
+    assert (found.kept, found.added, found.removed) == (1, 1, 0)
+    assert (found.changed, found.asked_differently) == (2, 1)
+    [anew], [differently] = found.examples_changed, found.examples_asked_differently
+    assert (anew.before, anew.after) == (old, new)
+    assert (differently.before, differently.after) == ("hello / a cat", "Hello / a cat")
 
 
 def test_a_row_that_only_went_to_another_file_neither_came_nor_went(compare):
@@ -130,6 +217,21 @@ def test_shifts_in_length_roles_and_words_are_those_of_the_whole(compare):
     assert found.words_went == ()
     assert (found.a.words, found.a.distinct_words, found.b.words) == (10, 5, 15)
     assert 0 < found.vocabulary_shift < 0.5
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [
+        ("So be it.", "So be it!", ["- So be it.", "+ So be it!"]),
+        ("two words", "two  words\n", ["- two·words", "+ two··words\\n"]),
+        ("é 好", "e\u0301 好", ["- é·好", "+ e\\u0301·好"]),
+        ("\u2764", "\u2764\ufe0f", ["- \u2764", "+ \u2764\\ufe0f"]),
+    ],
+)
+def test_the_terminal_never_shows_two_answers_that_look_the_same(compare, capsys, before, after, shown):
+    show_diff(compare({"x.jsonl": [asked("Q?", before)]}, {"x.jsonl": [asked("Q?", after)]}))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[lines.index("examples") + 1 :] == ["answered anew Q?", *shown]
 
 
 @pytest.mark.parametrize(
