@@ -61,7 +61,8 @@ def show_diff(found: "DataDiff") -> None:
     files = {"added": found.files_added, "removed": found.files_removed, "changed": found.files_changed}
     for what, names in files.items():
         if names:
-            console.print(f"files {what}: {', '.join(names)}", markup=False, soft_wrap=True)
+            listed = ", ".join(_visible(name) for name in names)
+            console.print(f"files {what}: {listed}", markup=False, soft_wrap=True)
     rows = (
         _table("conversations", "", "train", "held out")
         if found.added_by_side
@@ -147,7 +148,12 @@ def _show_examples(console: Console, found: "DataDiff") -> None:
         for row in rows:
             side = f" ({row.side.replace('_', ' ')})" if row.side else ""
             console.print(
-                Text.assemble((f"{what}{side} ", style), row.prompt, ("\n   → ", "dim"), row.answer),
+                Text.assemble(
+                    (f"{what}{side} ", style),
+                    _visible(row.prompt),
+                    ("\n   → ", "dim"),
+                    _visible(row.answer),
+                ),
                 soft_wrap=True,
             )
     for what, changes in changed.items():
@@ -157,7 +163,7 @@ def _show_examples(console: Console, found: "DataDiff") -> None:
             console.print(
                 Text.assemble(
                     (f"{what}{side} ", "yellow"),
-                    change.prompt,
+                    _visible(change.prompt),
                     ("\n   - ", "red"),
                     before,
                     ("\n   + ", "green"),

@@ -234,6 +234,29 @@ def test_the_terminal_never_shows_two_answers_that_look_the_same(compare, capsys
     assert lines[lines.index("examples") + 1 :] == ["answered anew Q?", *shown]
 
 
+def test_what_steers_a_terminal_is_shown_as_an_escape_there_and_exact_in_json(compare, capsys):
+    found = compare(
+        {"x.jsonl": [asked("Old\x1b[2J?", "no\u202eway"), asked("Why?", "So.\x9b")]},
+        {
+            "evil\x1b]0;owned\x07\n.jsonl": [asked("Why?", "\u2066Because\u2069")],
+            "x.jsonl": [asked("Family?", "\U0001f469\u200d\U0001f467 می\u200cخواهم [bold]")],
+        },
+    )
+    show_diff(found)
+    out = capsys.readouterr().out
+    for told in (
+        r"files added: evil\x1b]0;owned\x07\n.jsonl",
+        r"Old\x1b[2J?",
+        r"no\u202eway",
+        r"- So.\x9b",
+        r"+ \u2066Because\u2069",
+        "\U0001f469\u200d\U0001f467 می\u200cخواهم [bold]",
+    ):
+        assert told in out
+    assert not set(out) & set("\x1b\x07\x9b\u202e\u2066\u2069")
+    assert found.examples_removed[0].prompt == "Old\x1b[2J?"
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
