@@ -37,8 +37,8 @@ def show_stats(report: Mapping[str, Any], tokens: Mapping[str, Any] | None) -> N
     rows.add_row("dropped", f"{read.dropped:,}", "duplicates of rows that stay")
     rows.add_row("removed", f"{read.leaked:,}", "leaks out of train")
     picked = f", frozen set {read.held_out.set}" if read.held_out.set else ""
-    rows.add_row("train", f"{read.train.rows:,}", f"{read.train.groups:,} prompts")
-    rows.add_row("held out", f"{read.held_out.rows:,}", f"{read.held_out.groups:,} prompts{picked}")
+    rows.add_row("train", f"{read.train.rows:,}", _counted(read.train.groups, "prompt"))
+    rows.add_row("held out", f"{read.held_out.rows:,}", _counted(read.held_out.groups, "prompt") + picked)
     console.print(rows)
     _show_description(console, read)
     if counted:
@@ -84,14 +84,16 @@ def show_diff(found: "DataDiff") -> None:
     console.print()
     console.print(rows)
     if found.moved is not None:
-        moved = "no prompt changed sides" if not found.moved else f"{found.moved:,} prompts changed sides"
+        moved = (
+            "no prompt changed sides"
+            if not found.moved
+            else f"{_counted(found.moved, 'prompt')} changed sides"
+        )
         console.print(moved, style="" if not found.moved else "bold red")
     console.print()
     console.print(_shape(a, b))
     console.print()
-    console.print(
-        f"words: {found.vocabulary_shift:.4f} bits apart (0: the same words as often; 1: no word in common)"
-    )
+    console.print(f"words: {_vocabularies(found)}", markup=False)
     for what, words in (
         ("came", found.words_came),
         ("went", found.words_went),
@@ -101,6 +103,13 @@ def show_diff(found: "DataDiff") -> None:
             told = Text(f"{what}: {', '.join(_word(word) for word in words)}")
             console.print(Padding(told, (0, 0, 0, 2)))
     _show_examples(console, found)
+
+
+def _vocabularies(found: "DataDiff") -> str:
+    if found.vocabulary_shift is None:
+        empty = " and ".join(_visible(state.name) for state in (found.a, found.b) if not state.words)
+        return f"nothing to compare, there are none in {empty}"
+    return f"{found.vocabulary_shift:.4f} bits apart (0: the same words as often; 1: no word in common)"
 
 
 def _shape(a: "State", b: "State") -> Table:
@@ -240,11 +249,12 @@ def _show_tokens(console: Console, counted: TokenReport) -> None:
         for cause, count in side.left_out.items():
             console.print(f"left out: {count:,} {LEFT_OUT.get(cause, cause)}", markup=False)
     if stripped := counted.train.stripped + counted.held_out.stripped:
+        lose = "loses" if stripped == 1 else "lose"
         console.print(
-            f"{stripped:,} rows lose white space at the edge of a message: this tokenizer drops it there"
+            f"{_counted(stripped, 'row')} {lose} white space at the edge of a message: this tokenizer drops it there"
         )
     if packs := counted.packs:
-        console.print(f"{packs.count:,} packs, {packs.fill:.1%} filled")
+        console.print(f"{_counted(packs.count, 'pack')}, {packs.fill:.1%} filled")
 
 
 def _show_findings(console: Console, read: DataReport) -> None:
@@ -263,7 +273,12 @@ def _show_findings(console: Console, read: DataReport) -> None:
 
 def _files(read: DataReport) -> str:
     formats = sorted(set(read.formats.values()))
-    return f"{len(read.rows_by_file):,} files, {', '.join(formats)}"
+    return f"{_counted(len(read.rows_by_file), 'file')}, {', '.join(formats)}"
+
+
+def _counted(number: int, thing: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 def _table(first: str, *others: str, left: int = 0) -> Table:

@@ -110,9 +110,10 @@ class DataDiff(Told):
     """Prompts in both that changed sides; None when no params say how the data is split."""
     added_by_side: dict[str, int]
     removed_by_side: dict[str, int]
-    vocabulary_shift: float
+    vocabulary_shift: float | None
     """Jensen-Shannon divergence of the two word distributions, in bits: what one word drawn from either tells about
-    which it was drawn from. 0: nothing, they are the same; 1: everything, they share no word."""
+    which it was drawn from. 0: nothing, they are the same; 1: everything, they share no word. None where one has no
+    words."""
     words_came: tuple[WordShift, ...]
     """In B alone, the most frequent first."""
     words_went: tuple[WordShift, ...]
@@ -199,7 +200,7 @@ def diff(a: Source, b: Source, read: Read) -> DataDiff:
         moved=_moved(a, b, totals[0].rows, totals[1].rows),
         added_by_side=_by_side(b, came, anew + differently),
         removed_by_side=_by_side(a, went, anew + differently),
-        vocabulary_shift=jensen_shannon(*words),
+        vocabulary_shift=jensen_shannon(*words) if all(words) else None,
         words_came=_words(words, lambda word: word not in words[0]),
         words_went=_words(words, lambda word: word not in words[1]),
         words_shifted=_shifted(*words),

@@ -292,6 +292,28 @@ def test_words_of_every_script_keep_their_marks_and_those_without_spaces_are_cha
     assert {word.word for word in found.words_came} == words
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "empty"),
+    [([], [asked("Q?", "a")], "a"), ([asked("Q?", "a")], [], "b"), ([], ["{broken"], "a and b")],
+)
+def test_words_of_an_empty_side_are_not_compared(compare, capsys, a, b, empty):
+    found = compare({"x.jsonl": a}, {"y.jsonl": b})
+    assert found.vocabulary_shift is None
+    show_diff(found)
+    assert f"words: nothing to compare, there are none in {empty}\n" in capsys.readouterr().out
+
+
+def test_one_is_told_of_in_the_singular(tmp_path, capsys):
+    sides = {"a": "train", "b": "held_out"}
+    for rows, told in (
+        ([asked("Q?", "a")], "1 prompt changed"),
+        ([asked(q, "a") for q in "QR"], "2 prompts"),
+    ):
+        a, b = (source(tmp_path, name, {"x.jsonl": rows}, lambda _, name=name: sides[name]) for name in sides)
+        show_diff(diff(a, b, read))
+        assert told in capsys.readouterr().out
+
+
 def test_data_of_another_kind_is_refused_with_the_revision_it_stands_in(compare):
     with pytest.raises(Refused, match=r"^b: x\.jsonl:1 .*preference"):
         compare({"x.jsonl": [asked("Q?", "a")]}, {"x.jsonl": [{"chosen": "a", "rejected": "b"}]})
@@ -516,6 +538,7 @@ def test_stats_describe_in_tokens_and_write_the_page(project, capsys, monkeypatc
     code, out, _ = cli(capsys, monkeypatch, "data", "stats", "params.yaml")
     assert code == 0
     assert "Latin 100 %" in out and "of 128" in out and "with loss" in out
+    assert "1 file, messages" in out
 
 
 def test_stats_without_the_base_count_characters_and_say_so(project, capsys, monkeypatch, tmp_path):
