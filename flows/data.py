@@ -116,7 +116,16 @@ def diff(
         else partial(read_redacted, format="auto", columns=None, redact=())
     )
     a, b = (_source(name, dvc_file, prepare) for name in (rev_a, rev_b))
-    found = compare(a, b, read)
+    try:
+        found = compare(a, b, read)
+    except Refused as refusal:
+        if params:
+            raise
+        choose = (
+            "give PARAMS behind the revisions: its prepare.files and prepare.format say what the chats are"
+        )
+        do = f"{refusal.do}; {choose}" if refusal.do else choose
+        raise Refused(refusal.found, refusal.expected, do) from None
     if as_json:
         print_json(found.model_dump(mode="json"))
         return

@@ -463,6 +463,18 @@ def test_the_terminal_says_what_changed_in_words(project, capsys, monkeypatch):
     assert code == 0 and "the same data, byte for byte" in out
 
 
+def test_a_file_without_chats_is_refused_with_the_advice_to_give_params(project, capsys, monkeypatch):
+    Path("data/LICENSE").write_text("Do as you like.")
+    add_to_dvc(Path())
+    code, out, _ = cli(capsys, monkeypatch, "data", "diff", "HEAD", "workspace", "--json")
+    error = json.loads(out)["error"]
+    assert code == 2 and error["found"].startswith("workspace: LICENSE is none of")
+    assert "give PARAMS" in error["do"]
+    code, out, err = cli(capsys, monkeypatch, "data", "diff", "HEAD", "workspace", "params.yaml", "--json")
+    assert code == 0, err
+    assert json.loads(out)["kept"] == 50
+
+
 @pytest.mark.parametrize(
     ("arguments", "found", "do"),
     [
