@@ -221,7 +221,7 @@ def _source(name: str, dvc_file: Path, prepare: "PrepareParams | None") -> "Sour
     revision = open_revision(name, dvc_file, load_runtime().home / "seen-data.json")
     dataset = revision.dataset
     if prepare is None:
-        return Source(name, dataset.md5, dataset.files)
+        return Source(revision.name, dataset.md5, dataset.files)
     spelled = prepare.model_dump(mode="json")
     frozen: frozenset[str] | None = None
     if set_name := spelled.get("held_out_set"):
@@ -234,4 +234,4 @@ def _source(name: str, dvc_file: Path, prepare: "PrepareParams | None") -> "Sour
         held = is_held_out(group, prepare.split_salt, prepare.held_out_fraction)
         return "held_out" if held else "train"
 
-    return Source(name, dataset.md5, tuple(matching(dataset, prepare.files)), side)
+    return Source(revision.name, dataset.md5, tuple(matching(dataset, prepare.files)), side)

@@ -74,6 +74,17 @@ def open_dataset(dvc_file: Path, stat_cache: Path | None = None) -> Dataset:
     return Dataset(tracked.md5, dvc_file.as_posix(), tracked.path, tuple(files))
 
 
+def as_it_lies(dvc_file: Path, stat_cache: Path | None = None) -> Dataset:
+    """The files that lie where `dvc_file` names some, hashed just now, whatever it says of them; maybe none.
+
+    Errors: Refused and Unavailable, as `open_dataset`, but not because the data is not what the .dvc file names.
+    """
+    tracked = read_dvc_file(dvc_file)
+    with open_repo(tracked) as repo:
+        files = _not_ignored(repo, _hashed(tracked, stat_cache))
+    return Dataset(_digest(tracked, files), dvc_file.as_posix(), tracked.path, tuple(files))
+
+
 def is_still(dataset_md5: str, path: Path, dvc_file: Path, stat_cache: Path | None) -> bool:
     """Whether the data at `path` is, byte for byte, what it was when `dvc_file` named this digest.
 

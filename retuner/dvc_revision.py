@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retuner.dataset import DataFile, Dataset, open_dataset
+from retuner.dataset import DataFile, Dataset, as_it_lies, open_dataset
 from retuner.dvc_file import Tracked, parse_dvc_file
 from retuner.dvc_objects import corrupt_cache, faults, listing_of, not_fetched, open_repo
 from retuner.errors import Refused
@@ -28,12 +28,13 @@ class Revision:
 def open_revision(name: str, dvc_file: Path, stat_cache: Path | None = None) -> Revision:
     """The files that `dvc_file` named at the git revision `name`, each hashed just now.
 
-    `name` may also be `workspace`, for the data that lies there, or the path of another .dvc file. The `path` of a
-    file of an earlier revision is that of DVC's object; what the cache lacks is fetched from the remote.
+    `name` may also be `workspace`, for the data that lies there, or the path of another .dvc file. Where that data is
+    not what `dvc_file` names, the name of the revision says so. The `path` of a file of an earlier revision is that of
+    DVC's object; what the cache lacks is fetched from the remote.
     Errors: Refused when there is no such revision, or no such file at it; Unavailable when the data cannot be had.
     """
     if name == WORKSPACE:
-        return Revision(name, open_dataset(dvc_file, stat_cache), None)
+        return _workspace(dvc_file, stat_cache)
     if name.endswith(".dvc") and Path(name).is_file():
         return Revision(name, open_dataset(Path(name), stat_cache), None)
     with open_repo(Tracked(dvc_file, dvc_file.with_suffix(""), "", None)) as repo:
@@ -42,6 +43,16 @@ def open_revision(name: str, dvc_file: Path, stat_cache: Path | None = None) -> 
         # Errors name the revision: the file that lies here may say something else.
         told = replace(tracked, dvc_file=Path(f"{dvc_file} at {name}"))
         return Revision(name, _from_cache(repo, told), commit)
+
+
+def _workspace(dvc_file: Path, stat_cache: Path | None) -> Revision:
+    try:
+        return Revision(WORKSPACE, open_dataset(dvc_file, stat_cache), None)
+    except Refused:
+        dataset = as_it_lies(dvc_file, stat_cache)
+        if not dataset.files:
+            raise
+        return Revision(f"{WORKSPACE} (not what {dvc_file} names)", dataset, None)
 
 
 def text_at(revision: Revision, path: Path) -> bytes | None:

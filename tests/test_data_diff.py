@@ -515,6 +515,32 @@ def test_a_damaged_object_of_the_cache_is_never_compared(project):
         open_revision("HEAD~2", Path("data.dvc"))
 
 
+def test_data_of_the_workspace_that_was_not_added_is_compared_as_it_is_and_told_so(
+    project, capsys, monkeypatch
+):
+    with Path("data/chats.jsonl").open("a") as file:
+        file.write(json.dumps(asked("New?", "Yes.")) + "\n")
+    Path("data/more.jsonl").write_text(json.dumps(asked("More?", "Yes.")) + "\n")
+    before, status = snapshot(project), git(project, "status", "--porcelain")
+    code, out, err = cli(capsys, monkeypatch, "data", "diff", "HEAD", "workspace", "params.yaml", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["added"], found["removed"], found["kept"]) == (2, 0, 50)
+    assert found["b"]["name"] == "workspace (not what data.dvc names)"
+    assert snapshot(project) == before and git(project, "status", "--porcelain") == status
+    add_to_dvc(project)
+    code, out, err = cli(capsys, monkeypatch, "data", "diff", "HEAD", "workspace", "params.yaml", "--json")
+    assert code == 0, err
+    b = json.loads(out)["b"]
+    assert (b["name"], b["md5"]) == ("workspace", found["b"]["md5"])
+
+
+def test_a_link_in_the_workspace_is_refused_whether_the_rest_was_added_or_not(project):
+    Path("data/more.jsonl").symlink_to("/etc/passwd")
+    with pytest.raises(Refused, match=r"more\.jsonl is a symbolic link"):
+        open_revision("workspace", Path("data.dvc"))
+
+
 def test_outside_a_git_repository_only_the_workspace_has_a_name(tmp_path, monkeypatch):
     project = make_project(tmp_path / "project", rows=4)
     monkeypatch.chdir(project)
