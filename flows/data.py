@@ -53,12 +53,14 @@ def stats(
 ) -> None:
     """Describe the data: rows, lengths, roles, scripts, duplicates, leaks. What is computed is kept for the run."""
     from retuner.data_page import data_page
-    from retuner.files import write_whole
+    from retuner.files import disk_full_said, write_whole
     from tasks.fetch_base import fetch_base
     from tasks.prepare import prepare
     from tasks.step import carry_out, look_up
     from tasks.template import template
 
+    if html:
+        _check_page(html)
     context = _context(params, set_, silent=as_json)
     wanted = context.params
     splits, _ = carry_out(context, prepare(context, context.dataset, wanted.prepare))
@@ -72,7 +74,8 @@ def stats(
         tokens = json.loads((chats.path / "aside" / "tokens.json").read_bytes())
         page = (chats.path / "aside" / "report.html").read_bytes()
     if html:
-        write_whole(html, page or data_page(report, None).encode())
+        with disk_full_said(html.parent):
+            write_whole(html, page or data_page(report, None).encode())
     if as_json:
         print_json({"md5": context.dataset.md5, "report": report, "tokens": tokens})
         return
@@ -171,6 +174,27 @@ def freeze(
         return
     print(f"{place}: {len(made.groups):,} prompts of {source}")
     print(f"next: git add {place}, and prepare.held_out_set: {name} in the params that are to use it")
+
+
+def _check_page(html: Path) -> None:
+    """Makes the page's folder. Errors: Refused, before any data is read, where no page can be written."""
+    from tempfile import TemporaryFile
+
+    if html.exists() and not html.is_file():
+        kind = "a folder" if html.is_dir() else "no plain file"
+        raise Refused(
+            f"--html {html} is {kind}", "a file that the page may replace", "name a file, new or old"
+        )
+    try:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=html.parent):
+            pass
+    except OSError as error:
+        raise Refused(
+            f"--html {html} cannot be written: {error}",
+            "a file in a folder that can be written to",
+            "name another",
+        ) from error
 
 
 def _of_version(context: "RunContext", version: str, model: str) -> tuple[Path, str, str]:

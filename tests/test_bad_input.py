@@ -1,6 +1,7 @@
 """Each thing that can be wrong gives its exit code and one message, and loses nothing that was there."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def test_an_unknown_option_is_refused_input(project):
 
 def test_an_unknown_device(project):
     fails(project, 2, "tpu", "auto, cpu, cuda", arguments=("--device", "tpu", "run", "params.yaml"))
+
+
+@pytest.mark.parametrize("page", [".", "pipe", "params.yaml/page.html", "/proc/none/page.html"])
+def test_a_page_that_cannot_be_written_is_refused_before_any_data_is_read(project, page):
+    (project / "data.dvc").unlink()
+    os.mkfifo(project / "pipe")
+    fails(project, 2, f"--html {page}", arguments=("data", "stats", "params.yaml", "--html", page))
 
 
 def test_data_that_is_not_what_data_dvc_names(project):
