@@ -14,7 +14,7 @@ from flows.export import export, import_app
 from flows.options import AsJson, Because, Debug, ModelName, Overrides, ParamsFile, Version, print_json
 from flows.params_verbs import params_app
 from retuner.errors import Refused, RetunerError
-from retuner.runtime import load_runtime, person
+from retuner.runtime import home_said, load_runtime, person
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of shells: 128 and the signal's number."""
@@ -350,7 +350,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = app(standalone_mode=False)
+        with home_said():
+            code = app(standalone_mode=False)
         if code == INTERRUPTED:  # what typer makes of Ctrl-C
             _fail(_stopped_by("Ctrl-C"), code)
     except RetunerError as error:

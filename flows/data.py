@@ -30,11 +30,12 @@ def check(params: ParamsFile, set_: Overrides = [], as_json: AsJson = False, deb
     """Read, validate and split the data; the split itself is not kept."""
     from tempfile import TemporaryDirectory
 
+    from retuner.files import disk_full_said
     from tasks.prepare import prepare
 
     context = _context(params, set_, silent=as_json)
     step = prepare(context, context.dataset, context.params.prepare)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, disk_full_said(Path(folder)):
         out, work = Path(folder, "out"), Path(folder, "work")
         out.mkdir()
         work.mkdir()

@@ -5,11 +5,14 @@ dataclass, because a fully cached run ends before pydantic alone would have been
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from retuner.errors import Refused
+from retuner.errors import Refused, Unavailable
+from retuner.files import disk_full_said
 
 QUIET = {
     # Telemetry and update checks of what we build on: off, unless a person turned them on.
@@ -25,6 +28,7 @@ QUIET = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
+HOME = ".retuner"
 DEVICES = ("auto", "cpu", "cuda")
 STRATEGIES = ("ddp", "fsdp")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -37,7 +41,7 @@ def _setting(name: str, default: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Runtime:
-    home: Path = field(default_factory=_setting("HOME", ".retuner"))
+    home: Path = field(default_factory=_setting("HOME", HOME))
     """Everything a run leaves behind: store, MLflow, Prefect, audit log."""
     device: str = field(default_factory=_setting("DEVICE", "auto"))
     processes: int = field(default_factory=_setting("PROCESSES", "1"))
@@ -111,6 +115,31 @@ def _without_secrets(runtime: Runtime) -> Runtime:
     os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username))
     os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
     return replace(runtime, tracking_uri=urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])))
+
+
+@contextmanager
+def home_said() -> Iterator[None]:
+    """Turn a home that cannot be made or written to, and a full disk, into Unavailable."""
+    try:
+        yield
+    except OSError as error:
+        home = Path(os.environ.get("RETUNER_HOME") or HOME)  # flags may have changed it meanwhile
+        with disk_full_said(home):
+            if not _is_about(error, home.absolute()):
+                raise
+            raise Unavailable(
+                f"the home {home} cannot be used: {error}",
+                "a folder that can be made and written to",
+                "mend that, or name another with --home or RETUNER_HOME",
+            ) from error
+
+
+def _is_about(error: OSError, home: Path) -> bool:
+    """Whether it names the home, something in it, or a folder on the way to it."""
+    if not isinstance(error.filename, str):
+        return False
+    place = Path(error.filename).absolute()
+    return place.is_relative_to(home) or home.is_relative_to(place)
 
 
 def person() -> str:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from projects import add_to_dvc, chats, make_project, retuner, write_chats
+from projects import add_to_dvc, chats, environment, make_project, retuner, write_chats
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -58,6 +61,26 @@ def test_an_unknown_option_is_refused_input(project):
 
 def test_an_unknown_device(project):
     fails(project, 2, "tpu", "auto, cpu, cuda", arguments=("--device", "tpu", "run", "params.yaml"))
+
+
+@pytest.mark.parametrize("verb", [("run",), ("why",), ("data", "check"), ("data", "stats")])
+@pytest.mark.parametrize("home", ["params.yaml/home", "/proc/none/home"])
+def test_a_home_that_cannot_be_made(project, home, verb):
+    fails(project, 4, f"the home {home} cannot", "--home", arguments=("--home", home, *verb, "params.yaml"))
+
+
+def test_a_full_disk_is_no_defect(project):
+    limit = (resource.RLIMIT_FSIZE, (64, 64))  # a file of more bytes is refused like one on a full disk
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "data", "check", "params.yaml"],
+        cwd=project,
+        env=environment(project / "home", PYTHONDONTWRITEBYTECODE="1"),
+        preexec_fn=lambda: resource.setrlimit(*limit),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 4, done.stderr
+    assert "no room to write" in done.stderr and "free some space" in done.stderr
 
 
 @pytest.mark.parametrize("page", [".", "pipe", "params.yaml/page.html", "/proc/none/page.html"])
