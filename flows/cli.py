@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -13,7 +14,8 @@ from flows.data import data_app
 from flows.export import export, import_app
 from flows.options import AsJson, Because, Debug, ModelName, Overrides, ParamsFile, Version, print_json
 from flows.params_verbs import params_app
-from retuner.errors import Refused, RetunerError
+from flows.stdout import take_stdout
+from retuner.errors import Refused, RetunerError, Unavailable
 from retuner.runtime import home_said, load_runtime, person
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -347,8 +349,20 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 def main() -> None:
     """Run the command line and leave with the documented exit code."""
-    debug = "--debug" in sys.argv
+    take_stdout()
     signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = _outcome()
+        sys.stdout.flush()
+    except Unavailable as error:  # of stdout itself
+        code = _fail(error)
+    sys.exit(code)
+
+
+def _outcome() -> int:
+    """The exit code; what went wrong is said."""
+    debug = "--debug" in sys.argv
+    code: int | None
     try:
         with home_said():
             code = app(standalone_mode=False)
@@ -370,7 +384,7 @@ def main() -> None:
             code = _fail(
                 RetunerError(f"{type(error).__name__}: {error}", do="this is a defect; --debug shows where")
             )
-    sys.exit(code or 0)
+    return code or 0
 
 
 def _stopped_by(what: str) -> RetunerError:
@@ -379,10 +393,11 @@ def _stopped_by(what: str) -> RetunerError:
 
 def _fail(error: RetunerError, code: int | None = None) -> int:
     code = error.exit_code if code is None else code
+    with suppress(OSError):  # where stderr takes nothing either, the exit code still says it
+        print(error, file=sys.stderr)
     if "--json" in sys.argv:
         told = {"found": error.found, "expected": error.expected, "do": error.do}
         print_json({"error": told, "exit_code": code})
-    print(error, file=sys.stderr)
     return code
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from projects import add_to_dvc, chats, environment, make_project, retuner, write_chats
@@ -63,24 +64,74 @@ def test_an_unknown_device(project):
     fails(project, 2, "tpu", "auto, cpu, cuda", arguments=("--device", "tpu", "run", "params.yaml"))
 
 
-@pytest.mark.parametrize("verb", [("run",), ("why",), ("data", "check"), ("data", "stats")])
-@pytest.mark.parametrize("home", ["params.yaml/home", "/proc/none/home"])
+@pytest.mark.parametrize(
+    ("home", "verb"),
+    [("params.yaml/home", ("run",)), ("/proc/none/home", ("why",)), ("/dev/null/home", ("data", "stats"))],
+)
 def test_a_home_that_cannot_be_made(project, home, verb):
     fails(project, 4, f"the home {home} cannot", "--home", arguments=("--home", home, *verb, "params.yaml"))
 
 
-def test_a_full_disk_is_no_defect(project):
-    limit = (resource.RLIMIT_FSIZE, (64, 64))  # a file of more bytes is refused like one on a full disk
+def check_data(project: Path, *arguments: str, params: str = "params.yaml", **more: Any) -> tuple[int, str]:
+    """The exit code and what stands on stderr, with more to say of the process than `retuner` takes."""
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "data", "check", "params.yaml"],
+        [sys.executable, "-m", "flows.cli", "data", "check", params, *arguments],
         cwd=project,
         env=environment(project / "home", PYTHONDONTWRITEBYTECODE="1"),
-        preexec_fn=lambda: resource.setrlimit(*limit),
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
+        **more,
     )
-    assert done.returncode == 4, done.stderr
-    assert "no room to write" in done.stderr and "free some space" in done.stderr
+    return done.returncode, done.stderr
+
+
+def test_a_full_disk_is_no_defect(project):
+    def limit() -> None:  # a file of more bytes is refused as it is on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+
+    code, said = check_data(project, stdout=subprocess.DEVNULL, preexec_fn=limit)
+    assert code == 4, said
+    assert "no room to write" in said and "free some space" in said
+
+
+ANSWERS = [(), ("--json",), ("--help",), ("--nonsense", "--json")]
+
+
+@pytest.mark.parametrize("arguments", ANSWERS)
+def test_a_stdout_without_room_is_said_on_stderr(project, arguments):
+    with Path("/dev/full").open("w") as full:
+        code, said = check_data(project, *arguments, stdout=full)
+    assert code == 4, said
+    assert "stdout cannot be written to" in said and "Traceback" not in said and "ignored" not in said
+    assert ("--nonsense" in said) == ("--nonsense" in arguments)
+
+
+@pytest.mark.parametrize("arguments", ANSWERS[:3])
+def test_a_reader_that_leaves_ends_it_quietly(project, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert check_data(project, *arguments, stdout=writer) == (141, "")
+    os.close(writer)
+
+
+def test_without_a_stdout_the_work_is_done(project):
+    assert check_data(project, preexec_fn=lambda: os.close(1)) == (0, "")
+    code, said = check_data(project, "--json", params="none.yaml", preexec_fn=lambda: os.close(1))
+    assert code == 2 and said.startswith("there is no none.yaml")
+
+
+def test_what_stdout_cannot_spell_is_escaped_and_json_stays_json(project):
+    name = "naïve-😀-→"
+    (project / "data" / "chats.jsonl").rename(project / "data" / f"{name}.jsonl")
+    add_to_dvc(project)
+    verb = ("data", "check", "params.yaml")
+    done = retuner(project, project / "home", *verb, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert r"na\u00efve-\ud83d\ude00-\u2192.jsonl: 48 rows" in done.stdout
+    nothing = ("--json", "--set", f"prepare.files={name}.csv")
+    done = retuner(project, project / "home", *verb, *nothing, PYTHONIOENCODING="ascii")
+    assert done.returncode == 2, done.stderr
+    assert name in json.loads(done.stdout)["error"]["found"]
 
 
 @pytest.mark.parametrize("page", [".", "pipe", "params.yaml/page.html", "/proc/none/page.html"])
