@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,15 +60,49 @@ def test_an_override_is_checked_like_the_file(override, said):
         load(QUICKSTART, (override,))
 
 
+def test_an_override_is_told_from_the_file_by_who_is_at_fault(tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(QUICKSTART.read_text().replace("split_salt:", "split_sat:"))
+    overrides = ("train.max_steps=7", "train.lora.rank=0", "base.source=hub", "trian.seed=3", "train.seed=[")
+    with pytest.raises(Refused) as refused:
+        load(broken, overrides)
+    said = re.findall(r"^(?:\S.*:|  - .*)$", str(refused.value), re.MULTILINE)
+    at = {line: said[index + 1] for index, line in enumerate(said[:-1]) if not line.startswith("  ")}
+    assert "prepare.split_salt: missing" in at[f"{broken} does not describe a run:"]
+    assert "train.lora.rank: expected" in at[f"--set train.lora.rank=0 does not fit {broken}:"]
+    assert "base." in at[f"--set base.source=hub does not fit {broken}:"]
+    assert "did you mean train?" in at[f"--set trian.seed=3 does not fit {broken}:"]
+    assert "[ is not YAML" in at[f"--set train.seed=[ does not fit {broken}:"]
+    assert len(at) == 5
+
+
+def test_an_override_that_mends_the_file_is_at_fault_for_nothing(tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(re.sub(r"rank: \d+", "rank: 0", QUICKSTART.read_text()))
+    assert load(broken, ("train.lora.rank=3",)).train.lora.rank == 3
+
+
+@pytest.mark.parametrize("text", ["*.json", "**/*.jsonl", "&a", "!x", "%.csv", "@x", "`x`"])
+def test_an_override_that_begins_like_no_yaml_value_is_text(text):
+    assert load(QUICKSTART, (f"prepare.files={text}",)).prepare.files == text
+
+
 def test_numbers_are_yaml_1_2_numbers():
     assert load(QUICKSTART, ("train.learning_rate=1e-4",)).train.learning_rate == 1e-4
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "a: 1\na: 2\n", "\x00"])
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "a: 1\na: 2\n", "\x00", "{[a]: 1}", "a: &a [*a]"])
 def test_what_is_not_a_mapping_is_refused(tmp_path, text):
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(Refused):
         load(tmp_path / "p.yaml")
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path):
+    (tmp_path / "p.yaml").write_bytes(b"\xff\xfe")
+    for path, said in ((tmp_path, "is a folder"), (tmp_path / "p.yaml", "is not UTF-8")):
+        with pytest.raises(Refused, match=said):
+            load(path)
 
 
 def test_a_branch_is_not_a_pin():
