@@ -13,7 +13,7 @@ from rich.text import Text
 from retuner.data_page import LEFT_OUT
 from retuner.data_report import LEAKS, DataReport, TokenReport
 from retuner.describe import ROLES
-from retuner.page_parts import percent
+from retuner.page_parts import number_of, percent
 
 if TYPE_CHECKING:
     from retuner.data_diff import Change, DataDiff, State, WordShift
@@ -37,8 +37,8 @@ def show_stats(report: Mapping[str, Any], tokens: Mapping[str, Any] | None) -> N
     rows.add_row("dropped", f"{read.dropped:,}", "duplicates of rows that stay")
     rows.add_row("removed", f"{read.leaked:,}", "leaks out of train")
     picked = f", frozen set {read.held_out.set}" if read.held_out.set else ""
-    rows.add_row("train", f"{read.train.rows:,}", _counted(read.train.groups, "prompt"))
-    rows.add_row("held out", f"{read.held_out.rows:,}", _counted(read.held_out.groups, "prompt") + picked)
+    rows.add_row("train", f"{read.train.rows:,}", number_of(read.train.groups, "prompt"))
+    rows.add_row("held out", f"{read.held_out.rows:,}", number_of(read.held_out.groups, "prompt") + picked)
     console.print(rows)
     _show_description(console, read)
     if counted:
@@ -87,7 +87,7 @@ def show_diff(found: "DataDiff") -> None:
         moved = (
             "no prompt changed sides"
             if not found.moved
-            else f"{_counted(found.moved, 'prompt')} changed sides"
+            else f"{number_of(found.moved, 'prompt')} changed sides"
         )
         console.print(moved, style="" if not found.moved else "bold red")
     console.print()
@@ -251,10 +251,10 @@ def _show_tokens(console: Console, counted: TokenReport) -> None:
     if stripped := counted.train.stripped + counted.held_out.stripped:
         lose = "loses" if stripped == 1 else "lose"
         console.print(
-            f"{_counted(stripped, 'row')} {lose} white space at the edge of a message: this tokenizer drops it there"
+            f"{number_of(stripped, 'row')} {lose} white space at the edge of a message: this tokenizer drops it there"
         )
     if packs := counted.packs:
-        console.print(f"{_counted(packs.count, 'pack')}, {packs.fill:.1%} filled")
+        console.print(f"{number_of(packs.count, 'pack')}, {packs.fill:.1%} filled")
 
 
 def _show_findings(console: Console, read: DataReport) -> None:
@@ -267,18 +267,19 @@ def _show_findings(console: Console, read: DataReport) -> None:
             leaks.add_row(kind, f"{leak.rows:,}", f"{leak.removed:,}", leak.policy, LEAKS.get(kind, ""))
         console.print()
         console.print(leaks)
+        stock = {
+            kind: leak.stock_phrases.rows for kind, leak in read.leaks.items() if leak.stock_phrases.rows
+        }
+        if stock:
+            told = ", ".join(f"{kind} {rows:,}" for kind, rows in stock.items())
+            console.print(f"only stock phrases in common with held-out rows, so no leaks: {told}")
     if redacted := {kind: count for kind, count in read.redacted.items() if count}:
         console.print("redacted: " + ", ".join(f"{kind} {count:,}" for kind, count in redacted.items()))
 
 
 def _files(read: DataReport) -> str:
     formats = sorted(set(read.formats.values()))
-    return f"{_counted(len(read.rows_by_file), 'file')}, {', '.join(formats)}"
-
-
-def _counted(number: int, thing: str) -> str:
-    """`1 row`, `2,000 rows`."""
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+    return f"{number_of(len(read.rows_by_file), 'file')}, {', '.join(formats)}"
 
 
 def _table(first: str, *others: str, left: int = 0) -> Table:

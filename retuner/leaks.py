@@ -77,7 +77,8 @@ def _same(rows: Ordered, field: str, usable: Any) -> list[Any]:
         at = np.flatnonzero(
             (values[place] == heads[field]) & usable[first:last] & (rows.sides[first:last] == 0)
         )
-        train, held_out = at + first, numbers[place[at]].astype(np.int64)
+        train: Any = at + first
+        held_out = numbers[place[at]].astype(np.int64)
         is_short = heads["asked"][at] < SHORT
         matches.append((train, held_out, heads[field][at], heads["group"][at, 0], is_short))
     *columns, group, is_short = (np.concatenate(column) for column in zip(*matches))

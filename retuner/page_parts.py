@@ -23,6 +23,11 @@ class Share:
     """A class of the style sheet, which colours it."""
 
 
+def number_of(number: int, thing: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
 def said(text: str, most: int = 240) -> str:
     """What someone wrote, on one line, apart from the direction of the text around it."""
     return f'<bdi class="said">{escape(shorten(text, most, placeholder=" …") or "…")}</bdi>'
