@@ -14,7 +14,11 @@ KINDS = ("secret", "email", "card", "phone")
 """In the order in which they are looked for: a password in an address, then the address, then numbers."""
 MARKS = {kind: f"[{kind.upper()}]" for kind in KINDS}
 
-_EMAIL = re.compile(r"(?<![\w.+-])[\w.%+-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?![\w-])")
+# Markdown's _ and a list's - are no part of it. The number of a version or of a picture's size is no host (x@2x.png).
+_EMAIL = re.compile(
+    r"(?<![^\W_])[^\W_][\w.%+'\u2019-]{0,63}@(?!v?\d+\.\d|\dx\.)"
+    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+(?:[Xx][Nn]--[\w-]{0,58}[^\W_]|[^\W\d_]{2,24}(?![^\W\d_]))"
+)
 # The lengths that issuers use (ISO/IEC 7812 and their own pages), in groups as on the card or in none.
 _CARD = re.compile(
     r"(?<![\w.,$€£#-])(?:"

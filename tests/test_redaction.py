@@ -24,6 +24,10 @@ def redact(text: str, kinds=KINDS) -> str:
     [
         ("Write to jo.doe+x@ex-ample.co.uk.", "Write to [EMAIL]."),
         ("<müller@bücher.example>, a_b@c.io", "<[EMAIL]>, [EMAIL]"),
+        ("_john@example.com_, __j_d@example.com__, -john@example.com", "_[EMAIL]_, __[EMAIL]__, -[EMAIL]"),
+        ("john@example.com- or john@example.com2024-01-02", "[EMAIL]- or [EMAIL]2024-01-02"),
+        ("o'brien@example.com, o’brien@example.com, 'jo@example.com'", "[EMAIL], [EMAIL], '[EMAIL]'"),
+        ("user@xn--e1afmkfd.xn--p1ai. jo@163.com", "[EMAIL]. [EMAIL]"),
         ("Call +44 20 7946 0958 now", "Call [PHONE] now"),
         ("Call 0049 30 901820 now", "Call [PHONE] now"),
         ("(415) 555-2671 or 415-555-2671 or 1-800-555-0199", "[PHONE] or [PHONE] or [PHONE]"),
@@ -51,6 +55,7 @@ def test_it_is_replaced_by_its_mark_and_nothing_else_changes(text, expected):
         "4111-1111-1111-1112 fails its check digit; IMEI 490154203237518 is no card",
         "0900-0130, 555-1234, 3.14159265358979, 192.168.100.200, v10.15.7-2023",
         "a @ b, user@localhost, @name, #tag, <<48/2=24>>24, 2000000-400000=1600000",
+        "a@b, foo@1.2, react@18.2.0, next@1.0.0-alpha.beta, checkout@v4.1.rc2, @types/node@18.2.x, logo@2x.png",
         "The key to success is a token of trust; password: see above.",
         "1000000000 people, 0.0000000001 mm, ISBN 978-3-16-148410-0",
     ],
