@@ -40,15 +40,40 @@ _LEAST_DIGITS = 9
 # Where a number inside the country begins with 0.
 _REGIONS = ("DE", "GB", "FR", "NL", "BE", "AT", "CH", "IT", "SE", "AU", "NZ", "IN", "JP", "ZA")
 # detect-secrets finds the first line of a private key and the first half of a JSON Web Token (RFC 7519): these
-# take the whole. The next is RFC 6750's header; Anthropic's and Google's keys by their documented beginnings.
+# take the whole. The last is RFC 6750's header.
 _OWN_SECRETS = (
     r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----[\s\S]*?"
     r"(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|\Z)",
     r"\beyJ[\w-]{8,}=*\.eyJ[\w-]{8,}=*(?:\.[\w+/=-]*)?",
     r"(?i)\bbearer ([\w.~+/-]{20,}=*)",
-    r"\bsk-ant-[\w-]{20,}",
-    r"\bsk-(?:proj-)?[A-Za-z0-9_-]{40,}",
-    r"\bAIza[\w-]{35}\b",
+)
+# Tokens with a beginning of their own, by what their issuers and the rules of gitleaks and TruffleHog document.
+_TOKENS = (
+    r"sk-(?:ant-[\w-]{20,}|[\w-]{40,})",  # Anthropic; OpenAI and those who follow it
+    r"AIza[\w-]{35}\b",  # Google
+    r"hf_[A-Za-z0-9]{34,}",  # Hugging Face
+    r"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59,}",
+    r"gl(?:pat|rt|rtr|cbt|ffct|wt)-[\w-]{20,}(?:\.(?:\d\d\.)?[0-9a-z]{9})?",  # GitLab, with where it is routed
+    r"npm_[A-Za-z0-9]{36,}",
+    r"ya29\.(?:[a-z]\.)?[\w-]{20,}",  # Google's OAuth; its clients' secrets are the next
+    r"GOCSPX-[\w-]{28,}",
+    r"do[opr]_v1_[0-9a-f]{64}",  # DigitalOcean
+    r"xapp-\d-[A-Z0-9]+-\d+-[0-9a-z]{32,}",  # Slack: of an app, then of its configuration
+    r"xoxe(?:\.xox[bp])?-\d-[A-Za-z0-9]{100,}",
+    r"[rs]k_(?:live|test)_[A-Za-z0-9]{24,}",  # Stripe: keys, then the secrets of webhooks
+    r"whsec_[A-Za-z0-9+/]{32,}=*",
+    r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}",  # Shopify
+    r"dapi[0-9a-f]{32}(?:-\d)?",  # Databricks
+    r"gsk_[A-Za-z0-9]{52,}",  # Groq
+    r"xai-\w{80,}",
+    r"r8_[A-Za-z0-9]{37,}",  # Replicate
+    r"pplx-[A-Za-z0-9]{48,}",  # Perplexity
+    r"hv[sb]\.[\w-]{90,}",  # HashiCorp Vault
+    r"gl(?:sa_[A-Za-z0-9]{32}_[0-9A-Fa-f]{8}|c_eyJ[A-Za-z0-9+/]{32,}=*)",  # Grafana
+    r"ntn_\d{11}[A-Za-z0-9]{35}",  # Notion
+    r"lin_api_[A-Za-z0-9]{40,}",  # Linear
+    r"PMAK-[0-9a-f]{24}-[0-9a-f]{34}",  # Postman
+    r"dckr_[po]at_[\w-]{27,}",  # Docker Hub
 )
 # Of detect-secrets those whose pattern has a beginning of its own. Left out are those that need the name of a
 # variable beside the value, or measure entropy: in prose they take words for secrets.
@@ -166,7 +191,8 @@ def _secret_patterns() -> tuple[tuple[re.Pattern[str], int], ...]:
     """Patterns, and which group of each is the secret. They alone are used: nothing asks whether a key is live."""
     from importlib import import_module
 
-    found = [(pattern, pattern.groups) for pattern in map(re.compile, _OWN_SECRETS)]
+    own = (*_OWN_SECRETS, rf"(?<![^\W_])(?:{'|'.join(_TOKENS)})")
+    found = [(pattern, pattern.groups) for pattern in map(re.compile, own)]
     for module, name in _DETECTORS.items():
         for pattern in getattr(import_module(f"detect_secrets.plugins.{module}"), name).denylist:
             found.append((pattern, pattern.groups if name in _GROUP_IS_SECRET else 0))

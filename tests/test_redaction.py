@@ -15,6 +15,46 @@ JWT = "eyJhbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxMjM0In0." + "dozjgNryP4J3jVmNHl0w5N
 PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow\nabc=\n-----END RSA PRIVATE KEY-----"
 
 
+HEX = "0f1e2d3c4b5a6978"
+ALNUM = "aB3dE5gH7jK9"
+# In pieces too: the beginning and what makes the token as long as those that are issued.
+TOKENS = {
+    "anthropic": ("sk-ant-", "api03-" + ALNUM * 8),
+    "databricks": ("dapi", HEX * 2),
+    "digitalocean": ("dop_v1_", HEX * 4),
+    "digitalocean-oauth": ("doo_v1_", HEX * 4),
+    "digitalocean-refresh": ("dor_v1_", HEX * 4),
+    "docker": ("dckr_pat_", (ALNUM * 3)[:27]),
+    "github": ("github_pat_", (ALNUM * 2)[:22] + "_" + (ALNUM * 5)[:59]),
+    "gitlab": ("glpat-", (ALNUM * 2)[:20]),
+    "gitlab-routed": ("glpat-", ALNUM * 5 + ".01.0a1b2c3d4"),
+    "gitlab-runner": ("glrtr-", (ALNUM * 2)[:20]),
+    "google": ("AIza", (ALNUM * 3)[:35]),
+    "google-oauth": ("ya29.", "a0Af_" + ALNUM * 12),
+    "google-service": ("ya29.", "c.b0Aa-" + ALNUM * 12),
+    "google-client": ("GOCSPX-", (ALNUM * 3)[:28]),
+    "grafana": ("glsa_", (ALNUM * 3)[:32] + "_0f1e2d3c"),
+    "groq": ("gsk_", (ALNUM * 5)[:52]),
+    "hugging-face": ("hf_", (ALNUM * 3)[:34]),
+    "linear": ("lin_api_", (ALNUM * 4)[:40]),
+    "notion": ("ntn_", "12345678901" + (ALNUM * 3)[:35]),
+    "npm": ("npm_", ALNUM * 3),
+    "openai": ("sk-", (ALNUM * 2)[:20] + "T3BlbkFJ" + (ALNUM * 2)[:20]),
+    "openai-project": ("sk-proj-", ALNUM * 6 + "_-T3BlbkFJ" + ALNUM * 6),
+    "openrouter": ("sk-or-v1-", HEX * 4),
+    "perplexity": ("pplx-", ALNUM * 4),
+    "postman": ("PMAK-", (HEX * 2)[:24] + "-" + (HEX * 3)[:34]),
+    "replicate": ("r8_", (ALNUM * 4)[:37]),
+    "shopify": ("shpat_", HEX * 2),
+    "slack-app": ("xapp-", "1-A012B34CD-1234567890123-" + HEX * 4),
+    "slack-configuration": ("xoxe.xoxp-", "1-" + (ALNUM * 14)[:166]),
+    "stripe": ("rk_live_", (ALNUM * 9)[:99]),
+    "stripe-webhook": ("whsec_", (ALNUM * 3)[:32]),
+    "vault": ("hvs.", ALNUM * 8),
+    "xai": ("xai-", (ALNUM * 7)[:80]),
+}
+
+
 def redact(text: str, kinds=KINDS) -> str:
     return redacted([{"role": "user", "content": text}], kinds)[0][0]["content"]
 
@@ -62,6 +102,13 @@ def test_it_is_replaced_by_its_mark_and_nothing_else_changes(text, expected):
 )
 def test_numbers_and_words_that_are_something_else_stay(text):
     assert redact(text) == text
+
+
+@pytest.mark.parametrize("begin, rest", TOKENS.values(), ids=TOKENS)
+def test_a_token_is_found_whole_by_its_form_and_its_beginning_alone_is_not(begin, rest):
+    assert redact(f"TOKEN={begin}{rest}, or _{begin}{rest}.") == "TOKEN=[SECRET], or _[SECRET]."
+    words = f"{begin} begins it, {begin}... and {begin}<your-token> and {begin}key stand for it."
+    assert redact(words) == words
 
 
 @real_data
