@@ -19,12 +19,14 @@ _EMAIL = re.compile(
     r"(?<![^\W_])[^\W_][\w.%+'\u2019-]{0,63}@(?!v?\d+\.\d|\dx\.)"
     r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+(?:[Xx][Nn]--[\w-]{0,58}[^\W_]|[^\W\d_]{2,24}(?![^\W\d_]))"
 )
-# The lengths that issuers use (ISO/IEC 7812 and their own pages), in groups as on the card or in none.
+# The lengths that issuers use (ISO/IEC 7812 and their own pages), in groups as on the card or in none. A space may be
+# one that breaks no line.
 _CARD = re.compile(
-    r"(?<![\w.,$€£#-])(?:"
-    r"(?:4\d{3}|5[1-5]\d\d|2[2-7]\d\d|6\d{3})(?:([ -])\d{4}\1\d{4}\1\d{4}|\d{12}(?:\d{3})?)"
-    r"|3[47]\d\d(?:([ -])\d{6}\2\d{5}|\d{11})"
-    r"|3[068]\d\d(?:([ -])\d{6}\3\d{4}|\d{10})"
+    r"(?<![\w.,$€£-])(?:"
+    r"(?:4\d{3}|5[1-5]\d\d|2[2-7]\d\d|35(?:2[89]|[3-8]\d)|6\d{3})"
+    r"(?:([ \u00a0\u202f-])\d{4}\1\d{4}\1\d{4}|\d{12}(?:\d{3})?)"
+    r"|3[47]\d\d(?:([ \u00a0\u202f-])\d{6}\2\d{5}|\d{11})"
+    r"|3[068]\d\d(?:([ \u00a0\u202f-])\d{6}\3\d{4}|\d{10})"
     r")(?![\w-]|[.,]\d)"
 )
 # With a country's code, or in the groups in which people write numbers inside their country.
@@ -36,6 +38,8 @@ _PHONE = re.compile(
     r")(?![\w-]|[.,]\d)"
 )
 _DATE = re.compile(r"\d{1,2}[ /.-]\d{1,2}[ /.-](?:\d\d\Z|\d{4}(?!\d))")
+# A US social security number, as the Social Security Administration writes it.
+_SSN = re.compile(r"\(?\d{3}-\d\d-\d{4}(?!\d)")
 _LEAST_DIGITS = 9
 # Where a number inside the country begins with 0.
 _REGIONS = ("DE", "GB", "FR", "NL", "BE", "AT", "CH", "IT", "SE", "AU", "NZ", "IN", "JP", "ZA")
@@ -160,7 +164,7 @@ def _is_phone(match: re.Match[str]) -> bool:
 
     text = match[0]
     digits = re.sub(r"\D", "", text)
-    if _DATE.match(text) or len(digits) < _LEAST_DIGITS:
+    if _DATE.match(text) or _SSN.match(text) or len(digits) < _LEAST_DIGITS:
         return False
     if text.startswith(("+", "00")):
         return _valid("+" + digits.removeprefix("00"), None)
