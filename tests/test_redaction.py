@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from detect_secrets.plugins.npm import NpmDetector
+from detect_secrets.plugins.openai import OpenAIDetector
 from prepare_stage import REAL_DATA, Stage, real_data, some_rows
 
 from retuner.memo import Memo
@@ -113,6 +115,28 @@ def test_a_token_is_found_whole_by_its_form_and_its_beginning_alone_is_not(begin
     assert redact(f"TOKEN={begin}{rest}, or _{begin}{rest}.") == "TOKEN=[SECRET], or _[SECRET]."
     words = f"{begin} begins it, {begin}... and {begin}<your-token> and {begin}key stand for it."
     assert redact(words) == words
+
+
+@pytest.mark.parametrize(
+    ("detector", "text", "secret"),
+    [
+        (NpmDetector, "//registry.npmjs.org/:_authToken={}", "npm_" + ALNUM * 3),
+        (NpmDetector, "\n//npm.example.org/a/b/:_authToken= {}\n", "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0"),
+        (OpenAIDetector, "OPENAI_API_KEY={}", "sk-" + (ALNUM * 2)[:20] + "T3BlbkFJ" + (ALNUM * 2)[:20]),
+        (OpenAIDetector, "'{}'", "sk-team_1-" + (ALNUM * 2)[:20] + "T3BlbkFJ" + (ALNUM * 2)[:20]),
+        (OpenAIDetector, "_{} is the key_", "sk-proj-x-" + (ALNUM * 2)[:20] + "T3BlbkFJ" + (ALNUM * 2)[:20]),
+    ],
+)
+def test_what_detectors_that_are_left_out_find_is_found(detector, text, secret):
+    assert any(secret in found for found in detector().analyze_string(text.format(secret)))
+    assert redact(text.format(secret)) == text.format("[SECRET]")
+
+
+@pytest.mark.parametrize("piece", ["//", "sk-a", "eyJ-", "a@a-a.", "4111\u00a0", "+1 ("])
+def test_a_text_that_repeats_one_piece_for_a_megabyte_ends(piece):
+    # An hour or more, were a pattern's time to grow with the square of the length.
+    text = piece * (1_000_000 // len(piece))
+    assert redact(text + AWS).endswith("[SECRET]")
 
 
 @real_data
