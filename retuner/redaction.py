@@ -14,10 +14,11 @@ KINDS = ("secret", "email", "card", "phone")
 """In the order in which they are looked for: a password in an address, then the address, then numbers."""
 MARKS = {kind: f"[{kind.upper()}]" for kind in KINDS}
 
-# Markdown's _ and a list's - are no part of it. The number of a version or of a picture's size is no host (x@2x.png).
+# Markdown's _ and a list's - are no part of it, nor is the b of b'jo@example.com', unlike the o of o'brien@example.com.
+# The number of a version or of a picture's size is no host (x@2x.png).
 _EMAIL = re.compile(
-    r"(?<![^\W_])[^\W_][\w.%+'\u2019-]{0,63}@(?!v?\d+\.\d|\dx\.)"
-    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+(?:[Xx][Nn]--[\w-]{0,58}[^\W_]|[^\W\d_]{2,24}(?![^\W\d_]))"
+    r"(?<![^\W_])([^\W_][\w.%+-]{0,31}['\u2019])?[^\W_][\w.%+-]{0,63}@(?!v?\d+\.\d|\dx\.)"
+    r"(?>(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+(?:[Xx][Nn]--[\w-]{0,58}[^\W_]|[^\W\d_]{2,24}(?![^\W\d_])))(?(1)(?!'))"
 )
 # The lengths that issuers use (ISO/IEC 7812 and their own pages), in groups as on the card or in none. A space may be
 # one that breaks no line.

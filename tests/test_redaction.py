@@ -69,6 +69,7 @@ def redact(text: str, kinds=KINDS) -> str:
         ("_john@example.com_, __j_d@example.com__, -john@example.com", "_[EMAIL]_, __[EMAIL]__, -[EMAIL]"),
         ("john@example.com- or john@example.com2024-01-02", "[EMAIL]- or [EMAIL]2024-01-02"),
         ("o'brien@example.com, o’brien@example.com, 'jo@example.com'", "[EMAIL], [EMAIL], '[EMAIL]'"),
+        ("b'jo@a.example.com', f'{x}jo@example.com'", "b'[EMAIL]', f'{x}[EMAIL]'"),
         ("user@xn--e1afmkfd.xn--p1ai. jo@163.com", "[EMAIL]. [EMAIL]"),
         ("Call +44 20 7946 0958 now", "Call [PHONE] now"),
         ("Call 0049 30 901820 now", "Call [PHONE] now"),
