@@ -72,19 +72,33 @@ def said(row: Any) -> list[Said]:
             named = [
                 (known.get(who) if isinstance(who, str) else None, said_text(what)) for who, what in turns
             ]
-            meanings.append(([("system", system)] if system and key == "conversations" else []) + named)
+            lead = [("system", system)] if system and named[:1] != [("system", system)] else []
+            meanings.append(lead + named)
     for asks in PROMPTS:
         for answers in ANSWERS[asks]:
             if asks in row and answers in row:
                 question = said_text(row[asks])
-                more = row.get({"output": "input", "response": "context"}.get(answers, ""))
-                if asks == "instruction" and isinstance(more, str) and more.strip():
-                    question = f"{question}\n\n{more}"
+                materials = [said_text(row.get(key)) for key in ("input", "context")]
+                materials = [more for more in materials if isinstance(more, str) and more.strip()]
+                need(len(materials) < 2, "both input and context")
+                if materials:
+                    question = f"{question}\n\n{materials[0]}"
                 pair = [("user", question), ("assistant", said_text(row[answers]))]
-                meanings.append(([("system", system)] if system else []) + pair)
+                lead = [("system", system)] if system else []
+                meanings.append(lead + pair)
+                if asks == "prompt" and not materials:
+                    turns = _said_turns(row[asks], "user") + _said_turns(row[answers], "assistant")
+                    meanings.append(turns if turns[:1] == lead else lead + turns)
     proper = [meaning for meaning in meanings if is_chat(meaning)]
     need(proper, "no chat")
     return proper
+
+
+def _said_turns(value: Any, role: str) -> Said:
+    """Of TRL's conversational prompts and completions; a text is a turn of `role`."""
+    if isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value):
+        return [(turn["role"], said_text(turn.get("content"))) for turn in value]
+    return [(role, said_text(value))]
 
 
 def said_text(value: Any) -> Any:

@@ -99,7 +99,7 @@ class Block:
 
 
 def read_chats(
-    files: Iterable[DataFile], format: str, columns: Mapping[str, str] | None = None
+    files: Iterable[DataFile], format: str, columns: Mapping[str, str | None] | None = None
 ) -> Iterator[Chat | BadRow]:
     """Every row of `files`, in order. `format` is the name of a format, or `auto` or `preference`: each
     file's first row decides.
@@ -136,7 +136,9 @@ def blocks(file: DataFile) -> Iterator[Block]:
         raise _unreadable(file, error) from error
 
 
-def format_of_file(file: DataFile, format: str, columns: Mapping[str, str] | None = None) -> str | None:
+def format_of_file(
+    file: DataFile, format: str, columns: Mapping[str, str | None] | None = None
+) -> str | None:
     """The format that `read_chats` would find for the rows of a file: None when no row shows one. Errors: as there."""
     wanted = Wanted(format, columns)
     if wanted.fixed:
@@ -152,7 +154,7 @@ def format_of_file(file: DataFile, format: str, columns: Mapping[str, str] | Non
 
 
 def read_block(
-    block: Block, format: str, columns: Mapping[str, str] | None = None, found: str | None = None
+    block: Block, format: str, columns: Mapping[str, str | None] | None = None, found: str | None = None
 ) -> Iterator[Chat | BadRow]:
     """What `read_chats` gives for the rows of a block, their lines counted from the block's first line as 1.
 

@@ -2,11 +2,17 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import category
 
 from retuner.errors import Refused
 from retuner.json_rows import Problem, kind_of
+
+SYSTEM = "system"
+MATERIAL = ("input", "context")
+"""Under either lies what a question is about: a text to sum up, a passage that holds the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +21,7 @@ class Format:
 
     name: str
     keys: tuple[str, ...]
-    more: tuple[str, ...] = ("system",)
+    more: tuple[str, ...] = (SYSTEM, *MATERIAL)
     turn_keys: tuple[str, ...] = ()
 
     @property
@@ -25,12 +31,12 @@ class Format:
 
 
 FORMATS = (
-    Format("messages", ("messages",), (), ("role", "content")),
-    Format("sharegpt", ("conversations",), turn_keys=("from", "value")),
-    Format("alpaca", ("instruction", "output"), ("input", "system")),
-    Format("instruction_response", ("instruction", "response"), ("context", "system")),
-    Format("prompt_completion", ("prompt", "completion")),
-    Format("prompt_completion", ("prompt", "response")),
+    Format("messages", ("messages",), (SYSTEM,), ("role", "content")),
+    Format("sharegpt", ("conversations",), (SYSTEM,), ("from", "value")),
+    Format("alpaca", ("instruction", "output")),
+    Format("instruction_response", ("instruction", "response")),
+    Format("prompt_completion", ("prompt", "completion"), turn_keys=("role", "content")),
+    Format("prompt_completion", ("prompt", "response"), turn_keys=("role", "content")),
     Format("question_answer", ("question", "answer")),
 )
 PAIRS = ("chosen", "rejected")
@@ -38,15 +44,37 @@ PREFERENCE = "preference"
 PAIR_FORMATS = (
     Format("preference_prompt", ("prompt", *PAIRS), turn_keys=("role", "content")),
     Format("preference_question", ("question", *PAIRS)),
-    Format("preference_alpaca", ("instruction", *PAIRS), ("input", "system")),
-    Format("preference_sharegpt", ("conversations", *PAIRS), turn_keys=("from", "value")),
-    Format("preference_implicit", PAIRS, (), ("role", "content")),
+    Format("preference_alpaca", ("instruction", *PAIRS)),
+    Format("preference_sharegpt", ("conversations", *PAIRS), (SYSTEM,), ("from", "value")),
+    Format("preference_implicit", PAIRS, (SYSTEM,), ("role", "content")),
 )
 """What `preference` stands for."""
-OTHER_KEYS = ("chosen", "rejected", "label", "kto_tag", "text", "tools", "history")
+OTHER_KEYS = ("chosen", "rejected", "label", "kto_tag", "text")
 """By which a row of another kind is known."""
+MEANING = frozenset(
+    {
+        SYSTEM,
+        *MATERIAL,
+        "system_prompt",
+        "history",
+        "tools",
+        "functions",
+        "documents",
+        "image",
+        "images",
+        "audio",
+    }
+    | {"audios", "video", "videos"}
+)
+"""Keys beside a conversation of which a model was told or shown something: read, or refused, and never passed over."""
+TURN_MEANING = ("reasoning_content", "reasoning", "thinking", "images", "audio")
+"""Likewise in a turn."""
+NOT_LEARNT = ("weight", "train", "training")
+"""Keys by which OpenAI's and Axolotl's turns say, with 0 or false, that they are read and not learnt."""
 VALUES_DECIDE = {"label", "kto_tag", "text"}
 """Keys of which more than their being there says what kind of row it is."""
+UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")
+"""Categories of Unicode."""
 MOST_RECOGNISED = 64
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = ROLES | {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")
@@ -61,10 +89,12 @@ class Wanted:
     """The formats that may be read: one, `auto` for all with one answer, `preference` for all with two, with the
     data's own names for some of their keys."""
 
-    def __init__(self, format: str, columns: Mapping[str, str] | None = None):
-        """Errors: Refused for a mapping that fits no format."""
+    def __init__(self, format: str, columns: Mapping[str, str | None] | None = None):
+        """A key that `columns` maps to None is not read, whatever it says. Errors: Refused for a mapping that fits no
+        format."""
         self.format = format
-        self._own = dict(columns or {})
+        self._own = {key: own for key, own in (columns or {}).items() if own is not None}
+        self._passed_over = {key for key, own in (columns or {}).items() if own is None}
         self.fixed = None if format in ("auto", PREFERENCE) else format
         """The one format of every file; None where each file's first row decides."""
         self._formats = PAIR_FORMATS if format == PREFERENCE else FORMATS
@@ -72,6 +102,12 @@ class Wanted:
         may_be = [known for known in asked if self._own.keys() <= set(_all_keys(known))]
         if not may_be:
             raise _no_such_mapping(format, asked, self._own)
+        if strangers := sorted(self._passed_over - MEANING):
+            raise Refused(
+                f"prepare.columns maps {strangers[0]!r} to null, which is no key that would be read",
+                f"a key that is not to be read ({', '.join(sorted(MEANING))})",
+                "correct prepare.columns",
+            )
         if len(set(self._own.values())) < len(self._own):
             raise Refused(
                 f"prepare.columns gives one column to several keys: {_pairs(self._own)}",
@@ -83,6 +119,13 @@ class Wanted:
         self._may_be = {id(known) for known in may_be}
         turn_keys = {key for known in self._formats for key in known.turn_keys}
         self._must_have = {key: own for key, own in self._own.items() if key not in turn_keys}
+        self._unread = {
+            id(known): MEANING
+            - self._passed_over
+            - {self.own(key) for key in known.more}
+            - set(self._own.values())
+            for known in self._formats
+        }
 
     def own(self, key: str) -> str:
         """What the data calls `key`."""
@@ -91,7 +134,7 @@ class Wanted:
     def columns(self) -> set[str]:
         """The names that decide anything about a row; others need not be read."""
         keys = {key for known in (*FORMATS, *PAIR_FORMATS) for key in (*known.keys, *known.more)}
-        return {self.own(key) for key in keys} | set(OTHER_KEYS) | keys
+        return {self.own(key) for key in keys} | set(OTHER_KEYS) | MEANING | keys
 
     def recognise(self, row: Mapping[str, Any], found: str | None) -> Format:
         """The format of a row, whose file's is `found` where that is known. Errors: Problem, Refused."""
@@ -106,9 +149,9 @@ class Wanted:
         self._refuse_other_kinds(row)
         for key, own in self._must_have.items():
             if own not in row:
-                message = (
-                    f"there is no {own!r}, which prepare.columns names for {key}; the keys are {shown(row)}"
-                )
+                close = difflib.get_close_matches(own, row, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                message = f"there is no {own!r}, which prepare.columns names for {key}{hint}; the keys are {shown(row)}"
                 raise Problem("missing_column", message)
         fitting = [(known, keys) for known, keys in self._keys if keys <= row.keys()]
         # Pairs of conversations may have their prompt beside them too.
@@ -122,9 +165,15 @@ class Wanted:
         candidates = [known for known in fits if id(known) in self._may_be]
         if len(candidates) == 1 and found in (None, candidates[0].name):
             return candidates[0]
-        names, keys = " and ".join(known.name for known in candidates or fits), shown(row)
+        named = [f"{known.name} ({'/'.join(map(self.own, known.keys))})" for known in candidates or fits]
+        names, keys = " and ".join(named), shown(row)
         if len(candidates) > 1:
-            raise Problem("ambiguous_format", f"the keys {keys} fit {names}: set prepare.format or drop keys")
+            do = (
+                "drop keys"
+                if len({known.name for known in candidates}) == 1
+                else "set prepare.format or drop keys"
+            )
+            raise Problem("ambiguous_format", f"the keys {keys} fit {names}: {do}")
         if fits:
             expected = found or self.fixed or "what prepare.columns says"
             raise Problem("mixed_format", f"the row is {names}, but its file is read as {expected}")
@@ -134,7 +183,8 @@ class Wanted:
             if id(one) in self._may_be
         )
         cause = "missing_key" if self.fixed else "unknown_format"
-        raise Problem(cause, f"the keys {keys} are not those of {known}")
+        has = f"the keys {keys} are not" if row else "the row has no keys, and so not"
+        raise Problem(cause, f"{has} those of {known}")
 
     def check_header(self, names: Iterable[str]) -> Format:
         """The format of a table with these columns. Errors: Refused where its rows could be of none."""
@@ -160,23 +210,29 @@ class Wanted:
         pairs = set(PAIRS) <= row.keys() and not set(PAIRS) & set(self._own.values())
         if marked or pairs:
             found = "grades its answer" if marked else "has chosen and rejected"
+            do = "leave the file out of prepare.files, or write rows with the good answers alone"
+            if pairs and not marked:
+                has_answer = {"completion", "response"} & row.keys()
+                if "prompt" in row and isinstance(row["chosen"], str) and not has_answer:
+                    do += "; prepare.columns: {completion: chosen} reads these"
+                do += (
+                    "; to learn from both answers, set prepare.format: preference and train.recipe: dpo, as "
+                    "params/quickstart_dpo.yaml does"
+                )
             raise Refused(
                 f"{found}: this is preference data",
                 "chats with one good answer each, for supervised training (preferences are for DPO and KTO)",
-                "leave the file out of prepare.files, or write rows with the good answers alone"
-                + (
-                    ""
-                    if marked
-                    else "; where chosen is text, prepare.columns: {completion: chosen} reads them; to learn from both "
-                    "answers, set prepare.format: preference and train.recipe: dpo, as params/quickstart_dpo.yaml does"
-                ),
+                do,
             )
 
     def _refuse_no_pairs(self, row: Mapping[str, Any], marked: bool) -> None:
         has = {self.own(key) for key in PAIRS} & row.keys()
-        one_answer = [known.name for known in FORMATS if set(known.keys) <= row.keys()]
+        one_answer = [known for known in FORMATS if set(known.keys) <= row.keys()]
         if not has and (marked or one_answer):
-            what = "a single answer and a grade" if marked else f"one good answer ({one_answer[0]})"
+            what = "a single answer and a grade" if marked else f"one good answer ({one_answer[0].name})"
+            for known in one_answer:
+                with suppress(Problem):
+                    Wanted("auto").conversation(row, known)  # a tool transcript is told as what it is
             raise Refused(
                 f"has {what} and no second one: these are no preference pairs",
                 "a prompt with a chosen and a rejected answer in every row, for train.recipe dpo",
@@ -186,35 +242,73 @@ class Wanted:
 
     def _turns(self, row: Mapping[str, Any], format: Format) -> list[Turn]:
         """The turns of a row, their contents not yet looked at. Errors: Problem, Refused."""
-        if format.name == "messages":
-            return self._listed(row, format, ROLES)
-        system = self.system(row)
-        if format.name == "sharegpt":
-            return system + self._listed(row, format, SHAREGPT_ROLES)
+        self.refuse_unread(row, format)
+        if format.name in ("messages", "sharegpt"):
+            key = self.own(format.keys[0])
+            if not isinstance(row[key], list):
+                raise Problem("not_a_list", f"{key} is {kind_of(row[key])}, not a list of turns")
+            roles = ROLES if format.name == "messages" else SHAREGPT_ROLES
+            return self.with_system(row, self.turns(row[key], format, roles))
         asks, answers = map(self.own, format.keys)
-        question = self.question(row, format)
-        if format.name == "alpaca" and row.get("history"):
-            raise Problem("history", "earlier turns under history are not read: use the messages format")
-        return [*system, ("user", question, asks), ("assistant", row[answers], answers)]
+        if not any(self._are_turns(row[key], format) for key in (asks, answers)):
+            question: Turn = ("user", self.question(row, format), asks)
+            return self.with_system(row, [question, ("assistant", row[answers], answers)])
+        self.refuse_material(row)
+        turns: list[Turn] = []
+        for key, role in ((asks, "user"), (answers, "assistant")):
+            listed = self._are_turns(row[key], format)
+            turns += self.turns(row[key], format, ROLES, f"{key} ") if listed else [(role, row[key], key)]
+        return self.with_system(row, turns)
+
+    def _are_turns(self, value: Any, format: Format) -> bool:
+        first = value[0] if format.turn_keys and isinstance(value, list) and value else None
+        return isinstance(first, dict) and self.own(format.turn_keys[0]) in first
+
+    def refuse_unread(self, row: Mapping[str, Any], format: Format) -> None:
+        """Errors: Problem for a key that says what the conversation is about and is not read, Refused for tools."""
+        for key in sorted(self._unread[id(format)] & row.keys()):
+            if _blank(row[key]) or row[key] in ([], {}, "[]"):
+                continue
+            if key in ("tools", "functions"):
+                raise _tool_transcript("offers tools")
+            if key == "history":
+                raise Problem("history", "earlier turns under history are not read: use the messages format")
+            do = f"{{{key}: null}} does without it"
+            if key == "system_prompt":
+                do = f"{{system: {key}}} reads it, {do}"
+            raise Problem("unread_key", f"{format.name} does not read what {key} says; prepare.columns: {do}")
 
     def question(self, row: Mapping[str, Any], format: Format) -> Any:
         """What the first key of a format without turns asks, with the material that it is about. Errors: Problem."""
-        asks, more = self.own(format.keys[0]), self.own(format.more[0])
-        if format.more[0] == "system" or _blank(row.get(more)):
+        asks, materials = self.own(format.keys[0]), self._materials(row)
+        if not materials:
             return row[asks]
-        return text(row[asks], asks) + "\n\n" + text(row[more], more)
+        if len(materials) > 1:
+            both = " and ".join(materials)
+            raise Problem("ambiguous_format", f"{both} both say what {asks} is about: drop one of them")
+        return text(row[asks], asks) + "\n\n" + text(row[materials[0]], materials[0])
 
-    def system(self, row: Mapping[str, Any]) -> list[Turn]:
-        """The turn of a system prompt that has a key of its own, where there is one."""
-        key = self.own("system")
-        return [] if _blank(row.get(key)) else [("system", row[key], key)]
+    def refuse_material(self, row: Mapping[str, Any]) -> None:
+        """Errors: Problem where there is some beside a prompt of turns, in which it has no known place."""
+        for key in self._materials(row):
+            message = f"{key} says something, and the prompt is a list of turns: put it into one of them"
+            raise Problem("unread_key", message)
 
-    def _listed(self, row: Mapping[str, Any], format: Format, roles: Mapping[str, str]) -> list[Turn]:
-        key = self.own(format.keys[0])
-        refuse_tools(row)
-        if not isinstance(row[key], list):
-            raise Problem("not_a_list", f"{key} is {kind_of(row[key])}, not a list of turns")
-        return self.turns(row[key], format, roles)
+    def _materials(self, row: Mapping[str, Any]) -> list[str]:
+        taken = set(self._own.values())
+        keys = [key for key in MATERIAL if key in self._own or key not in taken | self._passed_over]
+        return [self.own(key) for key in keys if not _blank(row.get(self.own(key)))]
+
+    def with_system(self, row: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
+        """The turns behind the system prompt that has a key of its own, where there is one. Errors: Problem."""
+        key = self.own(SYSTEM)
+        if SYSTEM in self._passed_over or _blank(row.get(key)):
+            return turns
+        if turns and turns[0][0] == "system":
+            if turns[0][1] == row[key]:
+                return turns
+            raise Problem("two_systems", f"{key} and {turns[0][2]} are two system prompts, and they differ")
+        return [("system", row[key], key), *turns]
 
     def turns(
         self, listed: Iterable[Any], format: Format, roles: Mapping[str, str], within: str = ""
@@ -242,6 +336,15 @@ class Wanted:
                 raise Problem("missing_key", needs)
             if not isinstance(role, str) or role not in roles:
                 raise Problem("wrong_role", f"{place} is {ascii(role)[:40]}, not {' or '.join(roles)}")
+            for key in TURN_MEANING:
+                if turn.get(key):
+                    raise Problem("unread_key", f"{place} has {key}, which is not read: drop the key")
+            for key in NOT_LEARNT if roles[role] == "assistant" else ():
+                if turn.get(key) not in (None, 1):
+                    message = (
+                        f"{place} is not to be learnt by its {key}, and would be: cut it off or drop the key"
+                    )
+                    raise Problem("not_learnt", message)
             turns.append((roles[role], turn[text_key], place))
         return turns
 
@@ -267,11 +370,6 @@ def _no_such_mapping(format: str, asked: list[Format], own: dict[str, str]) -> R
 
 def _pairs(own: Mapping[str, str]) -> str:
     return ", ".join(f"{key}: {name}" for key, name in own.items())
-
-
-def refuse_tools(row: Mapping[str, Any]) -> None:
-    if row.get("tools") not in (None, "", "[]", []):
-        raise _tool_transcript("offers tools")
 
 
 def _tool_transcript(found: str) -> Refused:
@@ -304,7 +402,7 @@ def conversation(turns: list[Turn]) -> Messages:
 
 def text(value: Any, place: str) -> str:
     """`value` unchanged, or its text parts joined. Errors: Problem."""
-    if type(value) is str and value.isascii() and "\0" not in value and not value.isspace() and value:
+    if type(value) is str and "!" <= value[:1] <= "~" and value.isascii() and "\0" not in value:
         return value
     if isinstance(value, list):
         parts = [part for part in value if isinstance(part, dict) and part.get("type") == "text"]
@@ -327,7 +425,10 @@ def text(value: Any, place: str) -> str:
 
 
 def _blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
+    """Nothing, or a text of which nothing is seen: white space, controls, what has no width."""
+    if not isinstance(value, str):
+        return value is None
+    return not any(category(character) not in UNSEEN for character in value)
 
 
 def shown(row: Mapping[str, Any]) -> str:

@@ -96,7 +96,7 @@ class Reading:
     """How files are read: the settings, and what is remembered."""
 
     format: str
-    columns: dict[str, str] | None = None
+    columns: dict[str, str | None] | None = None
     redact: Sequence[str] = ()
     memo: Memo | None = None
     salt: str = ""
@@ -172,7 +172,7 @@ def _stored_rows(path: Path) -> Iterator[tuple[Chat, bytes]]:
 
 
 def read_redacted(
-    files: Iterable[DataFile], format: str, columns: Mapping[str, str] | None, redact: Sequence[str]
+    files: Iterable[DataFile], format: str, columns: Mapping[str, str | None] | None, redact: Sequence[str]
 ) -> Iterator[Chat | BadRow]:
     """The rows of `retuner.chats.read_chats`, as `prepare` takes them. Errors: as there."""
     for row in read_chats(files, format, columns):

@@ -90,8 +90,8 @@ class PrepareParams(Strict):
         "preference",
     ]
     """`auto` and the named ones have one answer a row; `preference` stands for all forms of preference pairs."""
-    columns: dict[str, str] | None
-    """Your own names for a format's keys."""
+    columns: dict[str, str | None] | None
+    """Your own names for a format's keys; null for a key that is not to be read, whatever it says."""
     max_bad_rows: Annotated[int, Field(ge=0)]
     """Rows that may be quarantined before the run is refused."""
     redact: tuple[Literal["email", "phone", "card", "secret"], ...]

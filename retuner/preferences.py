@@ -18,7 +18,6 @@ from retuner.formats import (
     Turn,
     Wanted,
     conversation,
-    refuse_tools,
     text,
 )
 from retuner.json_rows import Problem, kind_of
@@ -31,11 +30,14 @@ _TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 def pair_of(row: Mapping[str, Any], format: Format, wanted: Wanted) -> tuple[Messages, str]:
     """The conversation up to the chosen answer, and the rejected answer, texts unchanged. Errors: Problem, Refused."""
-    refuse_tools(row)
+    wanted.refuse_unread(row, format)
     roles = SHAREGPT_ROLES if "from" in format.turn_keys else ROLES
     given = _given(row, format, wanted, roles)
     sides = [_side(row, key, format, wanted, roles) for key in PAIRS]
-    chosen, rejected = (_with_prompt(given, turns) for turns in sides)
+    if format.keys == PAIRS:
+        chosen, rejected = (wanted.with_system(row, turns) for turns in sides)
+    else:
+        chosen, rejected = (_with_prompt(given, turns) for turns in sides)
     _refuse_other_prompts(chosen[:-1], rejected[:-1])
     if given:
         _refuse_other_prompts(given, chosen[:-1])
@@ -66,14 +68,15 @@ def _given(row: Mapping[str, Any], format: Format, wanted: Wanted, roles: Mappin
     key = wanted.own(format.keys[0])
     value = row[key]
     if isinstance(value, list) and format.turn_keys:
-        return wanted.system(row) + wanted.turns(value, format, roles, f"{key} ")
+        wanted.refuse_material(row)
+        return wanted.with_system(row, wanted.turns(value, format, roles, f"{key} "))
     if format.name == "preference_sharegpt":
         raise Problem("not_a_list", f"{key} is {kind_of(value)}, not a list of turns")
     if isinstance(value, str) and _is_transcript(value):
         turns = _transcript(value, key)
         # It ends with the mark after which the answer stands.
         return turns[:-1] if turns[-1][0] == "assistant" and not turns[-1][1].strip() else turns
-    return [*wanted.system(row), ("user", wanted.question(row, format), key)]
+    return wanted.with_system(row, [("user", wanted.question(row, format), key)])
 
 
 def _side(

@@ -54,7 +54,7 @@ _OWN_SECRETS = (
     r"(?i)\bbearer ([\w.~+/-]{20,}=*)",
     r"/:_authToken=\s*(npm_\w+|[0-9A-Fa-f-]{36})",
 )
-# Tokens with a beginning of their own, by what their issuers and the rules of gitleaks and TruffleHog document.
+# Tokens with a beginning of their own, by what their issuers and the rules of gitleaks document.
 _TOKENS = (
     r"sk-(?:ant-[\w-]{20,}|[\w-]{40,})",  # Anthropic; OpenAI and those who follow it
     r"AIza[\w-]{35}\b",  # Google
