@@ -198,7 +198,9 @@ def _batches(relpath: str, path: Path, wanted: Wanted) -> Iterator[Any]:
     texts = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING"]
     columns = [name for name in names if name in wanted.columns()]
     with parquet.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as file:
-        yield from file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
+        # Each row group has dictionaries of its own, and pyarrow does not put two of them together inside of lists.
+        for group in range(file.num_row_groups):
+            yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
 
 
 @dataclass(frozen=True, slots=True)
