@@ -186,7 +186,9 @@ def _chats(
             raw = (
                 row.raw
                 if row.value is None
-                else json.dumps(row.value, ensure_ascii=False, default=str).encode()
+                else json.dumps(row.value, ensure_ascii=False, default=str).encode(
+                    "utf-8", "backslashreplace"
+                )
             )
             start = raw[:SHOWN_BYTES].decode("utf-8", "backslashreplace").rstrip("\r\n")
             yield BadRow(file.relpath, line, column, problem.cause, problem.message, start)

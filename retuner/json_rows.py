@@ -144,11 +144,19 @@ def parse(row: RawRow) -> dict[str, Any]:
     raw = row.raw
     if (quickly := _nothing_wrong(raw)) is not None:
         return quickly
+    value = json_value(raw)
+    if not isinstance(value, dict):
+        raise Problem("not_an_object", f"the row is {kind_of(value)}, not an object with keys")
+    return value
+
+
+def json_value(raw: bytes) -> Any:
+    """The one value, of any kind, that `raw` spells. Errors: Problem."""
     text = strict_text(raw)
     if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH and (too_deep := _nesting(raw)[0]) is not None:
         raise Problem("too_deep", f"brackets are nested more than {MAX_DEPTH} deep", too_deep)
     try:
-        value = _decode(text)
+        return _decode(text)
     except _Constant as constant:
         word = str(constant)
         bare = _STRING.sub(lambda string: b'"' * len(string[0]), raw)
@@ -161,9 +169,6 @@ def parse(row: RawRow) -> dict[str, Any]:
             message = "the row ends inside an object: it was cut off, or is spread over several lines"
             raise Problem("truncated", message, len(raw.rstrip(WHITE))) from None
         raise Problem("bad_json", f"not JSON: {error.msg[:1].lower()}{error.msg[1:]}", offset) from None
-    if not isinstance(value, dict):
-        raise Problem("not_an_object", f"the row is {kind_of(value)}, not an object with keys")
-    return value
 
 
 def _nothing_wrong(raw: bytes) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from retuner.json_rows import (
     WHITE,
     Problem,
     RawRow,
+    json_value,
     strict_text,
 )
 
@@ -160,15 +161,21 @@ def _typed(row: dict[str, str]) -> dict[str, Any]:
 # --- Parquet
 
 
+Budget = list[int]
+"""One number: the bytes that a row's texts may still take."""
+
+Values = Callable[[int, Budget], Any]
+"""Gives the value at a place. Errors: Problem, _TooLong, UnicodeDecodeError."""
+
+
 def parquet_rows(relpath: str, path: Path, wanted: Wanted) -> Iterator[RawRow]:
     """The rows of a Parquet file; `line` is a row's number. Errors: Refused for damage and unfit columns, OSError."""
     import pyarrow
 
     number = 0
     try:
-        for batch in _batches(relpath, path, wanted):
-            columns = {name: _values(batch.column(name)) for name in batch.schema.names}
-            for at in range(batch.num_rows):
+        for size, columns in _batches(relpath, path, wanted):
+            for at in range(size):
                 number += 1
                 yield _parquet_row(number, columns, at)
     except (pyarrow.ArrowException, ValueError, OSError) as error:
@@ -182,25 +189,35 @@ def parquet_rows(relpath: str, path: Path, wanted: Wanted) -> Iterator[RawRow]:
         ) from None
 
 
-def _batches(relpath: str, path: Path, wanted: Wanted) -> Iterator[Any]:
+def _batches(relpath: str, path: Path, wanted: Wanted) -> Iterator[tuple[int, dict[str, Values]]]:
+    """How many rows a batch has, and the values of its columns."""
     from pyarrow import parquet
 
     with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-        names, leaves = file.schema_arrow.names, [file.schema.column(at) for at in range(len(file.schema))]
+        schema, leaves = file.schema_arrow, [file.schema.column(at) for at in range(len(file.schema))]
     if max((leaf.path.count(".") for leaf in leaves), default=0) > MAX_DEPTH:
         raise Refused(
             f"{relpath} has a column nested more than {MAX_DEPTH} deep",
             "columns of texts, or of lists of turns",
             "flatten it, or drop the column",
         )
-    _check_columns(relpath, names, wanted)
+    _check_columns(relpath, schema.names, wanted)
     # As dictionaries, so that a long text which a few bytes repeat is in memory once, not once a row of the batch.
-    texts = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING"]
-    columns = [name for name in names if name in wanted.columns()]
-    with parquet.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as file:
+    # JSON can be only where it is read as plain text; which text is JSON stands in the schema.
+    texts = [leaf.path for leaf in leaves if leaf.logical_type.type in ("STRING", "JSON")]
+    columns = [name for name in schema.names if name in wanted.columns()]
+    with parquet.ParquetFile(
+        path, read_dictionary=texts, page_checksum_verification=True, arrow_extensions_enabled=False
+    ) as file:
         # Each row group has dictionaries of its own, and pyarrow does not put two of them together inside of lists.
         for group in range(file.num_row_groups):
-            yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
+            for batch in file.iter_batches(
+                BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False
+            ):
+                yield (
+                    batch.num_rows,
+                    {name: _values(batch.column(name), schema.field(name).type) for name in columns},
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,14 +231,13 @@ class _TooLong(Exception):
     """A row's texts take more than MAX_ROW_BYTES."""
 
 
-Budget = list[int]
-"""One number: the bytes that a row's texts may still take."""
-
-
-def _parquet_row(number: int, columns: dict[str, Callable[[int, Budget], Any]], at: int) -> RawRow:
-    left = [MAX_ROW_BYTES]
+def _parquet_row(number: int, columns: dict[str, Values], at: int) -> RawRow:
+    left, row = [MAX_ROW_BYTES], {}
     try:
-        row = {name: value_at(at, left) for name, value_at in columns.items()}
+        for name, value_at in columns.items():
+            row[name] = value_at(at, left)
+    except Problem as problem:
+        return RawRow(number, 1, b"", Problem(problem.cause, f"in {name}: {problem.message}"))
     except _TooLong:
         return RawRow(number, 1, b"", Problem(*TOO_LONG))
     except UnicodeDecodeError as error:
@@ -230,8 +246,8 @@ def _parquet_row(number: int, columns: dict[str, Callable[[int, Budget], Any]], 
     return RawRow(number, 1, b"", None, row)
 
 
-def _values(array: Any) -> Callable[[int, Budget], Any]:
-    """Gives a value of an Arrow array in Python's types.
+def _values(array: Any, of: Any) -> Values:
+    """The values of an Arrow array in Python's types; `of` is its type by the schema, which tells JSON from text.
 
     Each text is measured before it is copied: of a text that a few bytes repeat, as_py() would make every copy.
     """
@@ -239,8 +255,20 @@ def _values(array: Any) -> Callable[[int, Budget], Any]:
     import pyarrow
     from pyarrow import types
 
+    if isinstance(of, pyarrow.JsonType):
+        json_at = _values(array, of.storage_type)
+
+        def parsed(at: int, left: Budget) -> Any:
+            spelled = json_at(at, left)
+            return None if spelled is None else json_value(spelled.encode())
+
+        return parsed
+    if isinstance(of, pyarrow.BaseExtensionType):
+        of = of.storage_type
+    if isinstance(array, pyarrow.ExtensionArray):
+        array = array.storage
     if types.is_dictionary(array.type):
-        indices, text_at = array.indices.to_pylist(), _values(array.dictionary)
+        indices, text_at = array.indices.to_pylist(), _values(array.dictionary, array.dictionary.type)
         return lambda at, left: None if indices[at] is None else text_at(indices[at], left)
     if types.is_string(array.type) or types.is_large_string(array.type):
         # Where the texts begin, as they lie in memory: a dictionary may hold far more texts than this batch has rows.
@@ -258,7 +286,7 @@ def _values(array: Any) -> Callable[[int, Budget], Any]:
     if types.is_struct(array.type):
         there = array.is_valid().to_pylist()
         fields = {
-            field.name: _values(inner) for field, inner in zip(array.type, array.flatten(), strict=True)
+            field.name: _values(inner, field.type) for field, inner in zip(of, array.flatten(), strict=True)
         }
         return lambda at, left: (
             {name: value(at, left) for name, value in fields.items()} if there[at] else None
@@ -267,7 +295,7 @@ def _values(array: Any) -> Callable[[int, Budget], Any]:
         there, offsets, value_at = (
             array.is_valid().to_pylist(),
             array.offsets.to_pylist(),
-            _values(array.values),
+            _values(array.values, of.value_type),
         )
 
         def listed(at: int, left: Budget) -> list[Any] | None:
