@@ -115,7 +115,8 @@ def advance(at: tuple[int, int], passed: bytes) -> tuple[int, int]:
     return at[0] + newlines, column
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Errors: Problem where a key stands twice."""
     value = dict(pairs)
     if len(value) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -132,7 +133,7 @@ def _no_constant(word: str) -> None:
 
 
 # Integers as floats: no number is used, and int() refuses long ones.
-_decode = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant, parse_int=float).decode
+_decode = json.JSONDecoder(object_pairs_hook=object_of, parse_constant=_no_constant, parse_int=float).decode
 
 
 def parse(row: RawRow) -> dict[str, Any]:
@@ -233,4 +234,4 @@ def kind_of(value: Any) -> str:
     }
     if value is None:
         return "null"
-    return names.get(type(value)) or f"of the type {getattr(value, 'type', type(value).__name__)}"
+    return names.get(type(value)) or str(value)

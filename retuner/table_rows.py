@@ -18,6 +18,7 @@ from retuner.json_rows import (
     Problem,
     RawRow,
     json_value,
+    object_of,
     strict_text,
 )
 
@@ -220,11 +221,14 @@ def _batches(relpath: str, path: Path, wanted: Wanted) -> Iterator[tuple[int, di
                 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Unread:
     """Stands for a value of a type that no chat is made of."""
 
     type: str
+
+    def __repr__(self) -> str:
+        return f"a {self.type} value"
 
 
 class _TooLong(Exception):
@@ -256,13 +260,7 @@ def _values(array: Any, of: Any) -> Values:
     from pyarrow import types
 
     if isinstance(of, pyarrow.JsonType):
-        json_at = _values(array, of.storage_type)
-
-        def parsed(at: int, left: Budget) -> Any:
-            spelled = json_at(at, left)
-            return None if spelled is None else json_value(spelled.encode())
-
-        return parsed
+        return _made(_values(array, of.storage_type), lambda spelled: json_value(spelled.encode()))
     if isinstance(of, pyarrow.BaseExtensionType):
         of = of.storage_type
     if isinstance(array, pyarrow.ExtensionArray):
@@ -283,33 +281,59 @@ def _values(array: Any, of: Any) -> Values:
             return array[at].as_py()
 
         return text
+    there = array.is_valid().to_pylist()
     if types.is_struct(array.type):
-        there = array.is_valid().to_pylist()
-        fields = {
-            field.name: _values(inner, field.type) for field, inner in zip(of, array.flatten(), strict=True)
-        }
+        fields = [
+            (field.name, _values(inner, field.type)) for field, inner in zip(of, array.flatten(), strict=True)
+        ]
         return lambda at, left: (
-            {name: value(at, left) for name, value in fields.items()} if there[at] else None
+            object_of([(name, value_at(at, left)) for name, value_at in fields]) if there[at] else None
         )
-    if types.is_list(array.type) or types.is_large_list(array.type):
-        there, offsets, value_at = (
-            array.is_valid().to_pylist(),
-            array.offsets.to_pylist(),
-            _values(array.values, of.value_type),
-        )
-
-        def listed(at: int, left: Budget) -> list[Any] | None:
-            if not there[at]:
-                return None
-            _spend(left, offsets[at + 1] - offsets[at])
-            return [value_at(inner, left) for inner in range(offsets[at], offsets[at + 1])]
-
-        return listed
-    if types.is_primitive(array.type) or isinstance(array, pyarrow.NullArray):
+    texts = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+    if types.is_map(of) and of.key_type in texts:
+        key_at, item_at = _values(array.keys, of.key_type), _values(array.items, of.item_type)
+        return _made(_lists(array, lambda at, left: (key_at(at, left), item_at(at, left))), object_of)
+    if isinstance(
+        of,
+        pyarrow.ListType
+        | pyarrow.LargeListType
+        | pyarrow.FixedSizeListType
+        | pyarrow.ListViewType
+        | pyarrow.LargeListViewType,
+    ):
+        return _lists(array, _values(array.values, of.value_type))
+    if types.is_null(of) or types.is_boolean(of) or types.is_integer(of) or types.is_floating(of):
         plain = array.to_pylist()
         return lambda at, left: plain[at]
-    unread = Unread(str(array.type))
-    return lambda at, left: unread
+    unread = Unread(str(of))
+    return lambda at, left: unread if there[at] else None
+
+
+def _lists(array: Any, value_at: Values) -> Values:
+    """The lists of an Arrow array of any kind of them, `value_at` giving what is in them."""
+    from pyarrow import types
+
+    there = array.is_valid().to_pylist()
+    if types.is_fixed_size_list(array.type):
+        begins = [at * array.type.list_size for at in range(array.offset, array.offset + len(array) + 1)]
+    else:
+        begins = array.offsets.to_pylist()
+    ends = begins[1:]
+    if types.is_list_view(array.type) or types.is_large_list_view(array.type):
+        ends = [begin + size for begin, size in zip(begins, array.sizes.to_pylist(), strict=True)]
+
+    def listed(at: int, left: Budget) -> list[Any] | None:
+        if not there[at]:
+            return None
+        _spend(left, ends[at] - begins[at])
+        return [value_at(inner, left) for inner in range(begins[at], ends[at])]
+
+    return listed
+
+
+def _made(value_at: Values, make: Callable[[Any], Any]) -> Values:
+    """What is made of the values; of a null, nothing."""
+    return lambda at, left: None if (value := value_at(at, left)) is None else make(value)
 
 
 def _spend(left: Budget, size: int) -> None:

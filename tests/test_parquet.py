@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from fuzz.reading import data_file
 from retuner.chats import BadRow, Chat, read_chats
+from retuner.errors import Refused
 from retuner.json_rows import MAX_ROW_BYTES
 
 TURN = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
@@ -118,3 +119,105 @@ def test_other_extension_types_are_read_as_what_they_are_stored_as(tmp_path):
     finally:
         pyarrow.unregister_extension_type("test.asked")
     assert said([good]) == [["u", "a"]] and bad.cause == "not_a_list"
+
+
+# --- types of columns
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.binary(),
+        pyarrow.binary(3),
+        pyarrow.map_(pyarrow.string(), pyarrow.string()),
+        pyarrow.map_(pyarrow.int32(), pyarrow.string()),
+        pyarrow.decimal128(5, 2),
+        pyarrow.timestamp("ns"),
+        pyarrow.list_(pyarrow.binary()),
+        pyarrow.json_(),
+        pyarrow.uuid(),
+        pyarrow.null(),
+    ],
+    ids=str,
+)
+def test_a_null_is_nothing_whatever_the_type_of_its_column(tmp_path, kind):
+    columns = {"messages": [turns("u", "a")] * 2, "tools": pyarrow.nulls(2, kind)}
+    assert said(read(tmp_path / "x.parquet", columns)) == [["u", "a"]] * 2
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.large_list(TURN),
+        pyarrow.list_(TURN, 2),
+        pyarrow.list_view(TURN),
+        pyarrow.large_list_view(TURN),
+    ],
+    ids=str,
+)
+def test_lists_of_every_kind_are_read_from_wherever_a_batch_begins(tmp_path, kind):
+    chats = [turns(f"{number}?", f"{number}!") for number in range(150)]
+    column = pyarrow.array([turns("cut", "off"), *chats], kind)[1:]
+    rows = read(tmp_path / "x.parquet", {"messages": column})
+    assert pyarrow.types.is_nested(parquet.read_schema(tmp_path / "x.parquet").field(0).type)
+    assert said(rows) == [[turn["content"] for turn in chat] for chat in chats]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.list_view(TURN), pyarrow.large_list_view(TURN)], ids=str)
+def test_null_lists_leave_the_ones_behind_them_in_place(tmp_path, kind):
+    column = pyarrow.array([turns("u", "a"), None, [], turns("v", "b")], kind)
+    first, null, empty, last = read(tmp_path / "x.parquet", {"messages": column})
+    assert said([first, last]) == [["u", "a"], ["v", "b"]]
+    assert (null.cause, empty.cause) == ("not_a_list", "no_turns")
+
+
+def test_a_null_among_lists_of_one_size_which_pyarrow_does_not_read_is_refused(tmp_path):
+    column = pyarrow.array([turns("u", "a"), None], pyarrow.list_(TURN, 2))
+    with pytest.raises(Refused, match="cannot be read as Parquet: Expected all lists to be of size=2"):
+        read(tmp_path / "x.parquet", {"messages": column})
+
+
+@pytest.mark.parametrize("kind", [pyarrow.large_string(), pyarrow.string_view()], ids=str)
+def test_texts_of_every_kind_are_read(tmp_path, kind):
+    answers = pyarrow.array(["x", "a" * 50, None, "é"], kind)[1:]
+    first, null, last = read(tmp_path / "x.parquet", {"question": ["q", "r", "s"], "answer": answers})
+    assert said([first, last]) == [["q", "a" * 50], ["s", "é"]] and null.cause == "not_text"
+
+
+@pytest.mark.parametrize("key", [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()], ids=str)
+def test_a_map_with_texts_as_keys_is_an_object(tmp_path, key):
+    turn = pyarrow.map_(key, pyarrow.large_string())
+    good = [list(turn.items()) for turn in turns("u", "a")]
+    twice = [[("role", "user"), ("content", "u"), ("role", "user")]]
+    column = pyarrow.array([good, twice, [None], None, good], pyarrow.list_(turn))
+    rows = read(tmp_path / "x.parquet", {"messages": column})
+    assert said([rows[0], rows[4]]) == [["u", "a"]] * 2
+    assert [row.cause for row in rows[1:4]] == ["duplicate_key", "not_an_object", "not_a_list"]
+
+
+def test_an_object_with_a_field_twice_is_a_bad_row_as_in_json(tmp_path):
+    turn = pyarrow.StructArray.from_arrays(
+        [pyarrow.array(["user"]), *[pyarrow.array([said]) for said in ("u", "v")]],
+        ["role", "content", "content"],
+    )
+    (bad,) = read(tmp_path / "x.parquet", {"messages": pyarrow.ListArray.from_arrays([0, 1], turn)})
+    assert bad.cause == "duplicate_key"
+
+
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        (pyarrow.array([b"u"]), "a binary value"),
+        (pyarrow.array([2**62], pyarrow.timestamp("ms")), "a timestamp[ms] value"),
+        (pyarrow.array([[(1, "u")]], pyarrow.map_(pyarrow.int32(), pyarrow.string())), "a map<int32, string"),
+    ],
+    ids=["binary", "timestamp", "map"],
+)
+def test_a_value_of_a_type_that_is_not_read_is_told_by_its_type(tmp_path, column, told):
+    for columns in (
+        {"messages": column},
+        {"question": column, "answer": ["a"]},
+        {"messages": [[{"role": column[0], "content": "u"}]]},
+    ):
+        (bad,) = read(tmp_path / "x.parquet", columns)
+        assert told in bad.message and told in bad.start and "Unread" not in bad.message + bad.start
