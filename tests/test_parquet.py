@@ -8,6 +8,8 @@ from typing import Any
 import pyarrow
 import pytest
 from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fuzz.reading import data_file
@@ -15,7 +17,12 @@ from retuner.chats import BadRow, Chat, read_chats
 from retuner.errors import Refused
 from retuner.json_rows import MAX_ROW_BYTES
 
-TURN = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
+
+def turn_of(content: pyarrow.DataType) -> pyarrow.StructType:
+    return pyarrow.struct([("role", pyarrow.string()), ("content", content)])
+
+
+TURN = turn_of(pyarrow.string())
 
 
 def turns(*texts: Any) -> list[dict[str, Any]]:
@@ -221,3 +228,56 @@ def test_a_value_of_a_type_that_is_not_read_is_told_by_its_type(tmp_path, column
     ):
         (bad,) = read(tmp_path / "x.parquet", columns)
         assert told in bad.message and told in bad.start and "Unread" not in bad.message + bad.start
+
+
+# --- any rows
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(["u", "a" * 99])
+part = st.fixed_dictionaries({"type": st.sampled_from(["text", "text", "image"]), "text": st.none() | texts})
+parts = st.lists(st.none() | part, max_size=3)
+PART = pyarrow.struct([("type", pyarrow.string()), ("text", pyarrow.string())])
+CONTENTS = {
+    "texts": (texts, pyarrow.string()),
+    "parts": (parts, pyarrow.list_(PART)),
+    "texts and parts": (texts | parts, pyarrow.json_()),
+}
+LISTS = (pyarrow.list_, pyarrow.large_list, pyarrow.list_view, pyarrow.large_list_view)
+HOW = st.fixed_dictionaries(
+    {
+        "row_group_size": st.sampled_from([1, 3, 64, 100, 1000]),
+        "use_dictionary": st.booleans(),
+        "dictionary_pagesize_limit": st.sampled_from([50, 2**20]),
+        "data_page_size": st.sampled_from([50, 2**20]),
+        "store_schema": st.booleans(),
+    }
+)
+
+
+def conversations(content: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Mostly good ones, and also what is none."""
+    good = st.lists(content, min_size=1, max_size=3).map(lambda said: turns(*(said * 2)))
+    roles = st.sampled_from(["user", "assistant", "system", "else", None])
+    turn = st.fixed_dictionaries({"role": roles, "content": st.none() | content})
+    return good | good | st.none() | st.lists(st.none() | turn, max_size=3)
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_rows_are_read_from_parquet_as_from_json(tmp_path, name, data):
+    content, kind = CONTENTS[name]
+    chats = data.draw(st.lists(conversations(content), min_size=1, max_size=10)) * data.draw(
+        st.sampled_from([1, 20])
+    )
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    if kind == pyarrow.json_():
+        spelled = [
+            chat and [turn and turn | {"content": json.dumps(turn["content"])} for turn in chat]
+            for chat in chats
+        ]
+        # An array of JSON is made only out of one of texts, and in lists of this kind alone.
+        column = pyarrow.array(spelled, pyarrow.list_(TURN)).cast(pyarrow.list_(turn_of(kind)))
+    else:
+        column = pyarrow.array(chats, data.draw(st.sampled_from(LISTS))(turn_of(kind)))
+    read(tmp_path / "x.parquet", {"messages": column}, **data.draw(HOW))
+    assert verdicts(tmp_path / "x.parquet") == verdicts(tmp_path / "x.jsonl")
