@@ -47,6 +47,8 @@ OTHER_CONTENT = {
     b"PAR1": ("a Parquet file", "rename it to .parquet"),
     b"PK\x03\x04": ("a zip archive", "unpack it"),
 }
+NO_JSON = ("bad_json", "several_objects", "truncated")
+"""Causes for which it is in doubt where an element of an array ends."""
 MIN_BLOCK_BYTES = 2**16
 MEAN_BLOCK_BYTES = 2**18
 MAX_BLOCK_BYTES = 2**20
@@ -183,6 +185,12 @@ def _chats(
             line, column = row.line, None
             if problem.offset is not None:
                 line, column = advance((row.line, row.column), row.raw[: problem.offset])
+            if row.in_array and problem.cause in NO_JSON:
+                raise Refused(
+                    f"{file.relpath}:{line}:{column} {problem.message} ({problem.cause})",
+                    "an array that is JSON from end to end: behind a damaged row nobody can say what is one",
+                    "mend it there, or write it as .jsonl, where a damaged line costs only itself",
+                ) from None
             raw = (
                 row.raw
                 if row.value is None

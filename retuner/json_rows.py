@@ -1,7 +1,8 @@
 """Rows out of JSON, as bytes: the lines of `.jsonl`, the elements of a `.json` array, each parsed strictly.
 
 One row is in memory at a time, and of a row above the limit only its first bytes. Whatever the bytes, every row
-comes out once: as an object, or with the `Problem` that says why it is none.
+comes out once: as an object, or with the `Problem` that says why it is none. Where a line ends is never in doubt; where
+an element that is no JSON ends is, so behind such a one nobody can say how many rows there are.
 """
 
 import json
@@ -23,7 +24,12 @@ WHITE = b" \t\r\n"
 # A string that the end of the bytes cuts off matches too, so that scanning stays linear on any bytes.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+("|\\?\Z)', re.DOTALL)
 _TOKEN = re.compile(_STRING.pattern + rb"|[\[\]{},]", re.DOTALL)
+# Besides, what may stand outside of strings in no JSON; NaN and Infinity are known words.
+_TOKEN_OR_STRANGER = re.compile(
+    _TOKEN.pattern + rb"|[^ \t\r\n:0-9.+\-a-zA-Z]|[bcdghjkmopqvwxzA-DF-HJ-MO-Z]", re.DOTALL
+)
 _END_OF_KEY = re.compile(rb'"[ \t\r\n]*:')
+STRANGER = "nothing like this stands outside of quotes in JSON: a quote is missing, or one too many"
 CLOSES = {b"]": ord("["), b"}": ord("{")}
 
 
@@ -45,6 +51,8 @@ class RawRow:
     problem: Problem | None = None
     value: dict[str, Any] | None = None
     """The row itself, where its file keeps it as columns and not as JSON."""
+    in_array: bool = False
+    """Whether it ends at a comma or bracket, which is in doubt where it is no JSON."""
 
 
 def lines(stream: BinaryIO) -> Iterator[RawRow]:
@@ -63,9 +71,10 @@ def lines(stream: BinaryIO) -> Iterator[RawRow]:
 def elements(stream: BinaryIO, at: tuple[int, int]) -> Iterator[RawRow]:
     """The elements of an array whose '[' has been read, `at` being the place of the next byte.
 
-    Only quotes, brackets and commas are looked at, so a broken element seldom hides the one after it.
+    Only quotes, brackets and commas are looked at, and whether anything else cannot be JSON.
     """
     row, row_at, row_bytes, rows, depth = bytearray(), at, 0, 0, 0
+    begun = 0  # lists and objects side by side in the element, between which a comma is missing
     closed = False
     opener = b""  # what a chunk that starts inside a string has lost: its quote, perhaps a backslash
 
@@ -79,33 +88,42 @@ def elements(stream: BinaryIO, at: tuple[int, int]) -> Iterator[RawRow]:
         row.extend(piece[: MAX_ROW_BYTES + 1 - len(row)])
 
     def taken(problem: Problem | None = None) -> RawRow:
-        too_long = Problem(*TOO_LONG) if row_bytes > MAX_ROW_BYTES else None
-        return RawRow(*row_at, bytes(row), problem or too_long)
+        if not problem and row_bytes > MAX_ROW_BYTES:
+            several = Problem("several_objects", "a comma is missing behind an object that begins here", 0)
+            problem = Problem(*TOO_LONG) if begun < 2 else several
+        return RawRow(*row_at, bytes(row), problem, in_array=True)
 
     while chunk := stream.read(CHUNK_BYTES):
         begin, chunk = len(opener), opener + chunk
-        for token in () if closed else _TOKEN.finditer(chunk):
+        for token in () if closed else _TOKEN_OR_STRANGER.finditer(chunk):
             byte = token[0][:1]
             if byte == b'"':
                 opener = b"" if token[1] == b'"' else byte + token[1]
             elif byte in b"[{":
+                begun += not depth
                 depth += 1
+            elif byte not in b"]},":
+                take(chunk[begin : token.start()])
+                begins = f"what it belongs to begins at {row_at[0]}:{row_at[1]}"
+                yield RawRow(*at, byte, Problem("bad_json", f"{STRANGER}; {begins}", 0), in_array=True)
+                return
             elif depth:
-                depth -= byte in b"]}"
-            elif byte in b",]":
+                depth -= byte != b","
+            elif byte != b"}":
                 take(chunk[begin : token.start()])
                 closed = byte == b"]"
                 if row or rows or not closed:
                     yield taken(None if row else Problem("bad_json", "there is no row beside a comma", 0))
                 row.clear()
-                at, row_bytes, rows, begin = advance(at, byte), 0, rows + 1, token.end()
+                at, row_bytes, rows, begin, begun = advance(at, byte), 0, rows + 1, token.end(), 0
                 if closed:
                     break
         take(chunk[begin:])
     if not closed:
-        yield taken(Problem("truncated", "the file ends before the ']' that closes the array"))
+        unclosed = "the file ends within what begins here: it was cut off, or a quote or bracket is missing"
+        yield taken(Problem("truncated", unclosed if row else "the file ends before the ']' of its array", 0))
     elif row:
-        yield taken(Problem("several_objects", "there is something after the ']' that closes the array"))
+        yield taken(Problem("several_objects", "there is something after the ']' that closes the array", 0))
 
 
 def advance(at: tuple[int, int], passed: bytes) -> tuple[int, int]:
@@ -158,6 +176,8 @@ def json_value(raw: bytes) -> Any:
         raise Problem("too_deep", f"brackets are nested more than {MAX_DEPTH} deep", too_deep)
     try:
         return _decode(text)
+    except Problem as twice:
+        raise Problem(twice.cause, twice.message, _key_that_stands_twice(raw)) from None
     except _Constant as constant:
         word = str(constant)
         bare = _STRING.sub(lambda string: b'"' * len(string[0]), raw)
@@ -165,11 +185,12 @@ def json_value(raw: bytes) -> Any:
     except json.JSONDecodeError as error:
         offset = len(text[: error.pos].encode())
         if error.msg == "Extra data":
-            raise Problem("several_objects", "there is more after the row's object", offset) from None
+            raise Problem("several_objects", "there is more behind the first value", offset) from None
         if _nesting(raw)[1] > 0:
             message = "the row ends inside an object: it was cut off, or is spread over several lines"
             raise Problem("truncated", message, len(raw.rstrip(WHITE))) from None
-        raise Problem("bad_json", f"not JSON: {error.msg[:1].lower()}{error.msg[1:]}", offset) from None
+        told = error.msg[:1].lower() + error.msg[1:].removesuffix(" at")
+        raise Problem("bad_json", f"not JSON: {told}", offset) from None
 
 
 def _nothing_wrong(raw: bytes) -> dict[str, Any] | None:
@@ -206,6 +227,23 @@ def strict_text(raw: bytes) -> str:
         if error.reason == "unexpected end of data":
             raise Problem("truncated", "the file ends inside a character", error.start) from None
         raise Problem("bad_utf8", f"byte 0x{raw[error.start]:02x} is not UTF-8", error.start) from None
+
+
+def _key_that_stands_twice(raw: bytes) -> int | None:
+    """Where the first key stands that an object has already."""
+    keys: list[set[str]] = []
+    for token in _TOKEN.finditer(raw):
+        byte = token[0][:1]
+        if byte in b"[{":
+            keys.append(set())
+        elif byte in b"]}" and keys:
+            keys.pop()
+        elif byte == b'"' and keys and raw[token.end() : token.end() + 64].lstrip(WHITE).startswith(b":"):
+            key = json.loads(token[0])
+            if key in keys[-1]:
+                return token.start()
+            keys[-1].add(key)
+    return None
 
 
 def _nesting(raw: bytes) -> tuple[int | None, int]:

@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from pathlib import Path
+from unicodedata import category
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +18,7 @@ from retuner.formats import FORMATS
 
 GOOD = b'{"question": "Who?", "answer": "Me."}'
 BOTH = b'{"question": "q", "answer": "a", "prompt": "p", "completion": "c"}'
+SYSTEM = {"role": "system", "content": "S"}
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
 PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
@@ -59,6 +61,19 @@ def said(row: Chat | BadRow) -> list[tuple[str, str]]:
         ({"prompt": "p", "completion": "c"}, "prompt_completion", ["p", "c"]),
         ({"prompt": "p", "response": "c", "score": 1}, "prompt_completion", ["p", "c"]),
         ({"question": "q", "answer": "a", "label": 1}, "question_answer", ["q", "a"]),
+        ({"question": "q", "answer": "a", "context": "c"}, "question_answer", ["q\n\nc", "a"]),
+        ({"question": "q", "answer": "a", "input": "c", "context": " "}, "question_answer", ["q\n\nc", "a"]),
+        ({"instruction": "q", "response": "a", "input": "c"}, "instruction_response", ["q\n\nc", "a"]),
+        ({"instruction": "q", "output": "a", "context": "c"}, "alpaca", ["q\n\nc", "a"]),
+        ({"prompt": "q", "completion": "a", "input": "c"}, "prompt_completion", ["q\n\nc", "a"]),
+        ({"messages": [USER, ASSISTANT], "system": "S"}, "messages", ["S", "Hi", "Hello"]),
+        ({"messages": [USER, ASSISTANT], "system": "\u200b"}, "messages", ["Hi", "Hello"]),
+        ({"messages": [SYSTEM, USER, ASSISTANT], "system": "S"}, "messages", ["S", "Hi", "Hello"]),
+        ({"messages": [USER, ASSISTANT | {"weight": 1, "name": "x"}]}, "messages", ["Hi", "Hello"]),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, "prompt_completion", ["Hi", "Hello"]),
+        ({"prompt": [SYSTEM, USER], "completion": "Hello"}, "prompt_completion", ["S", "Hi", "Hello"]),
+        ({"prompt": PARTS, "completion": [ASSISTANT]}, "prompt_completion", ["ab", "Hello"]),
+        ({"prompt": "p", "completion": "c", "tools": [], "images": None}, "prompt_completion", ["p", "c"]),
     ],
 )
 @pytest.mark.parametrize("fixed", [False, True])
@@ -114,6 +129,32 @@ TURNS = {
     "answer is a number": (b'{"question": "q", "answer": 42}', "not_text"),
     "several answers": (b'{"question": "q", "answer": ["a", "b"]}', "not_text"),
     "instruction is empty": (b'{"instruction": "", "input": "i", "output": "o"}', "empty_turn"),
+    "only what has no width": (messages(("user", "u"), ("assistant", "\u200b\ufeff")), "empty_turn"),
+    "only controls": (messages(("user", "\x01"), ("assistant", "a")), "empty_turn"),
+    "two system prompts": (b'{"system": "t", ' + turns("sua")[1:], "two_systems"),
+    "not to be learnt": (
+        b'{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": 0}]}',
+        "not_learnt",
+    ),
+    "not to be trained on": (
+        b'{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "train": false}]}',
+        "not_learnt",
+    ),
+    "reasoning": (
+        b'{"messages": [{"role": "user", "content": "u"}, '
+        b'{"role": "assistant", "content": "a", "reasoning_content": "r"}]}',
+        "unread_key",
+    ),
+    "a context of turns": (b'{"context": "c", ' + turns("ua")[1:], "unread_key"),
+    "images": (b'{"question": "q", "answer": "a", "images": ["x"]}', "unread_key"),
+    "input and context": (
+        b'{"question": "q", "answer": "a", "input": "i", "context": "c"}',
+        "ambiguous_format",
+    ),
+    "a system prompt of another name": (
+        b'{"question": "q", "answer": "a", "system_prompt": "s"}',
+        "unread_key",
+    ),
     "earlier turns elsewhere": (b'{"instruction": "i", "output": "o", "history": [["a", "b"]]}', "history"),
     "no known keys": (b'{"body": "hello"}', "unknown_format"),
     "no keys": (b"{}", "unknown_format"),
@@ -234,33 +275,75 @@ def test_places_in_an_array_are_those_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "good", "cause"),
+    [
+        (b"[" + GOOD + b",]", 1, "bad_json"),
+        (b"[," + GOOD + b"]", 0, "bad_json"),
+        (b"[" + GOOD + b",," + GOOD + b"]", 1, "bad_json"),
+        (b"[" + GOOD + GOOD + b"]", 0, "several_objects"),
+        (b"[" + GOOD, 0, "truncated"),
+        (b"[", 0, "truncated"),
+        (b"[" + GOOD + b",", 1, "truncated"),
+        (b"[" + GOOD + b', {"question": "unclosed, "answer": "a"}, ' + GOOD + b"]", 1, "bad_json"),
+        (b"[" + GOOD + b', {"question": "]', 1, "truncated"),
+        (b"[" + GOOD + b"] []", 1, "several_objects"),
+        (b"[" + GOOD + b"]" + b" " * 100 + b"x", 1, "several_objects"),
+        (b"[" + GOOD + b', {"question": ]}, ' + GOOD + b"]", 1, "bad_json"),
+        (b"[" + GOOD + b', {"question": 1]}, ' + GOOD + b"]", 1, "bad_json"),
+        (b"[" + GOOD + b", " + GOOD + b"], " + GOOD + b"]", 2, "several_objects"),
+        (b"[" + GOOD + b", {'question': 1}]", 1, "bad_json"),
+    ],
+)
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 7, 2**18])
+def test_an_array_that_is_no_json_is_refused_at_the_place_behind_which_rows_may_be_lost(
+    tmp_path, monkeypatch, content, good, cause, chunk_bytes
+):
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk_bytes)
+    (tmp_path / "x.json").write_bytes(content)
+    rows: list[Chat | BadRow] = []
+    with pytest.raises(Refused, match=rf"x\.json:1:\d+ .* \({cause}\)") as refusal:
+        for row in read_chats([data_file(tmp_path / "x.json")], "question_answer"):
+            rows.append(row)
+    assert "JSON" in refusal.value.expected and "mend" in refusal.value.do
+    assert [type(row) for row in rows] == [Chat] * good
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 7, 2**18])
+@pytest.mark.parametrize(
     ("content", "causes"),
     [
         (b"[]", []),
         (b"[" + GOOD + b"]", ["good"]),
-        (b"[" + GOOD + b",]", ["good", "bad_json"]),
-        (b"[," + GOOD + b"]", ["bad_json", "good"]),
-        (b"[" + GOOD + b",," + GOOD + b"]", ["good", "bad_json", "good"]),
-        (b"[" + GOOD + GOOD + b"]", ["several_objects"]),
-        (b"[" + GOOD, ["truncated"]),
-        (b"[", ["truncated"]),
-        (b"[" + GOOD + b",", ["good", "truncated"]),
-        (b"[" + GOOD + b', {"question": "unclosed, "answer": "a"}]', ["good", "truncated"]),
-        (b"[" + GOOD + b"] []", ["good", "several_objects"]),
-        (b"[" + GOOD + b"]" + b" " * 100 + b"x", ["good", "several_objects"]),
-        (b"[" + GOOD + b', {"question": ]}, ' + GOOD + b"]", ["good", "bad_json", "good"]),
-        (b'[1, "],[", null, ' + GOOD + b"]", ["not_an_object"] * 3 + ["good"]),
+        (
+            b'[1, "],[", null, NaN, -Infinity, ' + GOOD + b"]",
+            ["not_an_object"] * 3 + ["not_a_number"] * 2 + ["good"],
+        ),
+        (b'[true, false, -1.5E+3, "\\"", ' + GOOD + b"]", ["not_an_object"] * 4 + ["good"]),
     ],
 )
-@pytest.mark.parametrize("chunk_bytes", [1, 2, 7, 2**18])
-def test_a_broken_array_hides_no_row_before_the_break(tmp_path, monkeypatch, content, causes, chunk_bytes):
+def test_in_an_array_that_is_json_each_element_counts_for_itself(
+    tmp_path, monkeypatch, content, causes, chunk_bytes
+):
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk_bytes)
-    rows = read(tmp_path, "x.json", content)
-    assert [getattr(row, "cause", "good") for row in rows] == causes
+    assert [getattr(row, "cause", "good") for row in read(tmp_path, "x.json", content)] == causes
+
+
+def test_no_row_is_lost_behind_two_damaged_ones_or_in_one_above_the_cap(tmp_path):
+    rows = [b'{"question": "q%d", "answer": "a"}' % n for n in range(100)]
+    rows[20] = rows[20].replace(b'q20"', b"q20")
+    rows[80] = rows[80].replace(b'"q80', b"q80")
+    with pytest.raises(Refused, match=r"x\.json:21:"):
+        read(tmp_path, "x.json", b"[" + b",\n".join(rows) + b"]")
+    long = json.dumps({"question": "q", "answer": "a" * json_rows.MAX_ROW_BYTES}).encode()
+    for between in (b"\n", b", q"):
+        with pytest.raises(Refused, match=r"x\.json:[12]:"):
+            read(tmp_path, "x.json", b"[" + GOOD + b",\n" + long + between + GOOD + b"]")
 
 
 characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
-awkward_texts = (st.text(characters) | st.text('"\\,[]{}\n ue\u00e9')).filter(str.strip)
+awkward_texts = (st.text(characters) | st.text('"\\,[]{}\n ue\u00e9')).filter(
+    lambda text: any(category(character)[0] not in "CZ" for character in text)
+)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
@@ -312,8 +395,8 @@ def test_the_cap_counts_the_bytes_of_the_row_alone(tmp_path, opening, closing, e
 
 @pytest.mark.parametrize("content", [b'[{"q": "' + b'\\"' * 2**21, b"[" + b'"' * 2**21, b"[" + b"\\" * 2**21])
 def test_hostile_quotes_do_not_make_reading_slower_than_linear(tmp_path, content):
-    rows = read(tmp_path, "x.json", content)
-    assert all(isinstance(row, BadRow) for row in rows)
+    with pytest.raises(Refused, match=r"x\.json:1:"):
+        read(tmp_path, "x.json", content)
 
 
 OTHER_KINDS = {
@@ -398,3 +481,36 @@ def test_whatever_the_bytes_a_row_is_read_set_aside_or_refused(tmp_path, content
             assert (row.start + row.message).encode("utf-8")
         else:
             assert said(row)[-1][0] == "assistant"
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"question": "q", "answer": "a", "context": "c"}, {"context": None}, ["q", "a"]),
+        ({"question": "q", "answer": "a", "input": "i", "context": "c"}, {"context": None}, ["q\n\ni", "a"]),
+        ({"question": "q", "answer": "a", "passage": "c"}, {"context": "passage"}, ["q\n\nc", "a"]),
+        ({"context": "q", "answer": "a"}, {"question": "context"}, ["q", "a"]),
+        (
+            {"question": "q", "answer": "a", "system_prompt": "s"},
+            {"system": "system_prompt"},
+            ["s", "q", "a"],
+        ),
+        ({"question": "q", "answer": "a", "system_prompt": "s"}, {"system_prompt": None}, ["q", "a"]),
+        ({"messages": [USER, ASSISTANT], "tools": [{"name": "f"}]}, {"tools": None}, ["Hi", "Hello"]),
+    ],
+)
+def test_params_say_by_which_name_a_key_is_read_and_which_is_not(tmp_path, row, columns, expected):
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    (chat,) = read_chats([data_file(tmp_path / "x.jsonl")], "auto", columns)
+    assert [text for _, text in said(chat)] == expected
+
+
+def test_only_what_would_be_read_can_be_passed_over(tmp_path):
+    with pytest.raises(Refused, match="'category' to null"):
+        list(read_chats([], "auto", {"category": None}))
+
+
+def test_two_formats_of_one_name_are_told_apart_by_their_keys(tmp_path):
+    (bad,) = read(tmp_path, "x.jsonl", b'{"prompt": "p", "completion": "c", "response": "r"}')
+    assert "(prompt/completion) and prompt_completion (prompt/response): drop keys" in bad.message
+    assert "prepare.format" not in bad.message

@@ -141,6 +141,22 @@ TURNS = {
     "answer-is-missing": between(b'{"question": "q"}'),
     "instruction-is-empty": between(b'{"instruction": "", "input": "i", "output": "o"}', ALPACA),
     "turns-in-history": between(b'{"instruction": "i", "output": "o", "history": [["a", "b"]]}', ALPACA),
+    "two-system-prompts": in_messages(
+        b'{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, '
+        b'{"role": "assistant", "content": "a"}], "system": "t"}'
+    ),
+    "turn-of-no-width": in_messages(chat(("user", "u"), ("assistant", "\u200b\u2060\ufeff"))),
+    "turn-not-to-be-learnt": in_messages(
+        b'{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": 0}]}'
+    ),
+    "reasoning-beside-an-answer": in_messages(
+        b'{"messages": [{"role": "user", "content": "u"}, '
+        b'{"role": "assistant", "content": "a", "reasoning_content": "r"}]}'
+    ),
+    "context-beside-turns": in_messages(CHAT[:-1] + b', "context": "c"}'),
+    "input-and-context": between(b'{"question": "q", "answer": "a", "input": "i", "context": "c"}'),
+    "images-beside-a-question": between(b'{"question": "q", "answer": "a", "images": ["x.png"]}'),
+    "system-prompt-by-another-name": between(b'{"question": "q", "answer": "a", "system_prompt": "s"}'),
     "unknown-keys": between(b'{"body": "hello", "reply": "hi"}'),
     "no-keys": between(b"{}"),
     "two-formats-at-once": between(b'{"question": "q", "answer": "a", "prompt": "p", "completion": "c"}'),
@@ -166,6 +182,13 @@ ARRAYS = {
     "comma-twice": b"[" + GOOD + b",," + GOOD + b"]",
     "comma-missing": b"[" + GOOD + b"\n" + GOOD + b"]",
     "text-unclosed": b"[" + GOOD + b', {"question": "unclosed, "answer": "a"}]',
+    "text-unclosed-amid-rows": b"[" + GOOD + b',\n{"question": "q, "answer": "a"},\n ' + GOOD + b"]",
+    "texts-unclosed-twice": b"["
+    + b",\n".join([GOOD, GOOD[:-2] + b"}", GOOD, b'{question": "q"}', GOOD])
+    + b"]",
+    "bracket-astray": b"[" + GOOD + b',\n{"question": "q", "answer": "a"]},\n ' + GOOD + b"]",
+    "closed-early": b"[" + GOOD + b"],\n" + GOOD + b"]",
+    "two-arrays": b"[" + GOOD + b"]\n[" + GOOD + b"]",
     "something-behind": b"[" + GOOD + b"]\n" + GOOD,
     "row-broken": b"[" + GOOD + b',\n {"question": ]},\n ' + GOOD + b"]",
     "row-not-utf8": b"[" + GOOD + b',\n {"question": "\xff", "answer": "a"},\n ' + GOOD + b"]",
