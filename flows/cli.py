@@ -14,7 +14,7 @@ from flows.data import data_app
 from flows.export import export, import_app
 from flows.options import AsJson, Because, Debug, ModelName, Overrides, ParamsFile, Version, print_json
 from flows.params_verbs import params_app
-from flows.stdout import take_stdout
+from flows.stdout import take_stdout, visible_lines
 from retuner.errors import Refused, RetunerError, Unavailable
 from retuner.runtime import home_said, load_runtime, person
 
@@ -394,7 +394,7 @@ def _stopped_by(what: str) -> RetunerError:
 def _fail(error: RetunerError, code: int | None = None) -> int:
     code = error.exit_code if code is None else code
     with suppress(OSError):  # where stderr takes nothing either, the exit code still says it
-        print(error, file=sys.stderr)
+        print(visible_lines(str(error)), file=sys.stderr)
     if "--json" in sys.argv:
         told = {"found": error.found, "expected": error.expected, "do": error.do}
         print_json({"error": told, "exit_code": code})

@@ -17,6 +17,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from flows.stdout import visible_lines
 from flows.summary import next_commands, outcome
 from retuner.artifacts import GateVerdict
 from retuner.run_page import verdict_line
@@ -44,7 +45,7 @@ class Terminal:
         self.console.print(f"  {mark} {record.name:<11} {record.seconds:7.1f} s")
 
     def say(self, line: str) -> None:
-        self.console.print(f"  {line}", markup=False, soft_wrap=True)
+        self.console.print(f"  {visible_lines(line)}", markup=False, soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         if not self.console.is_terminal:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.options import AsJson, Debug, ModelName, Overrides, ParamsFile, print_json
+from flows.stdout import visible_lines
 from retuner.errors import Refused, Unavailable
 from retuner.runtime import load_runtime
 
@@ -40,8 +41,10 @@ def check(params: ParamsFile, set_: Overrides = [], as_json: AsJson = False, deb
         out.mkdir()
         work.mkdir()
         facts = step.build(out, work)
+        with (out / "aside" / "quarantine.jsonl").open(encoding="utf-8") as lines:
+            set_aside = [json.loads(line) for line in lines]
     if as_json:
-        print_json({"md5": context.dataset.md5, **facts.model_dump(mode="json")})
+        print_json({"md5": context.dataset.md5, **facts.model_dump(mode="json"), "set_aside": set_aside})
 
 
 @data_app.command("stats")
@@ -230,7 +233,7 @@ def _speaker() -> Any:
 
     class Speaker(Quiet):
         def say(self, line: str) -> None:
-            print(line)
+            print(visible_lines(line))
 
     return Speaker()
 

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from flows.stdout import JOINERS, escaped, visible
 from retuner.data_page import LEFT_OUT
 from retuner.data_report import LEAKS, DataReport, TokenReport
 from retuner.describe import ROLES
@@ -18,10 +19,6 @@ from retuner.page_parts import number_of, percent
 if TYPE_CHECKING:
     from retuner.data_diff import Change, DataDiff, State, WordShift
 
-JOINERS = "\u200c\u200d"
-"""Of these, emoji and words of some languages are made."""
-STEERS = ("Cc", "Cf", "Cs")
-"""Categories of Unicode: controls, what formats without being seen, halves of characters."""
 UNSEEN = re.compile(rf"[\s{JOINERS}\ufe00-\ufe0f]")
 
 
@@ -61,7 +58,7 @@ def show_diff(found: "DataDiff") -> None:
     files = {"added": found.files_added, "removed": found.files_removed, "changed": found.files_changed}
     for what, names in files.items():
         if names:
-            listed = ", ".join(_visible(name) for name in names)
+            listed = ", ".join(visible(name) for name in names)
             console.print(f"files {what}: {listed}", markup=False, soft_wrap=True)
     rows = (
         _table("conversations", "", "train", "held out")
@@ -107,7 +104,7 @@ def show_diff(found: "DataDiff") -> None:
 
 def _vocabularies(found: "DataDiff") -> str:
     if found.vocabulary_shift is None:
-        empty = " and ".join(_visible(state.name) for state in (found.a, found.b) if not state.words)
+        empty = " and ".join(visible(state.name) for state in (found.a, found.b) if not state.words)
         return f"nothing to compare, there are none in {empty}"
     return f"{found.vocabulary_shift:.4f} bits apart (0: the same words as often; 1: no word in common)"
 
@@ -159,9 +156,9 @@ def _show_examples(console: Console, found: "DataDiff") -> None:
             console.print(
                 Text.assemble(
                     (f"{what}{side} ", style),
-                    _visible(row.prompt),
+                    visible(row.prompt),
                     ("\n   → ", "dim"),
-                    _visible(row.answer),
+                    visible(row.answer),
                 ),
                 soft_wrap=True,
             )
@@ -172,7 +169,7 @@ def _show_examples(console: Console, found: "DataDiff") -> None:
             console.print(
                 Text.assemble(
                     (f"{what}{side} ", "yellow"),
-                    _visible(change.prompt),
+                    visible(change.prompt),
                     ("\n   - ", "red"),
                     before,
                     ("\n   + ", "green"),
@@ -185,7 +182,7 @@ def _show_examples(console: Console, found: "DataDiff") -> None:
 def _told_apart(change: "Change") -> tuple[str, str]:
     """Both sides; where they would look the same, what one cannot see of them is spelled out."""
     looks = {_look(text) for text in (change.before, change.after)}
-    spelled = _unseen_spelled if len(looks) == 1 else _visible
+    spelled = _unseen_spelled if len(looks) == 1 else visible
     return spelled(change.before), spelled(change.after)
 
 
@@ -194,23 +191,11 @@ def _look(text: str) -> str:
     return UNSEEN.sub("", unicodedata.normalize("NFC", text))
 
 
-def _visible(text: str) -> str:
-    """With escapes such as \\x1b and \\u202e for what would steer the terminal, or the order in which it writes."""
-    return "".join(
-        _escaped(each) if unicodedata.category(each) in STEERS and each not in JOINERS else each
-        for each in text
-    )
-
-
 def _unseen_spelled(text: str) -> str:
     return "".join(
-        "·" if each == " " else _escaped(each) if unicodedata.category(each)[0] in "CMZ" else each
+        "·" if each == " " else escaped(each) if unicodedata.category(each)[0] in "CMZ" else each
         for each in text
     )
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 def _show_description(console: Console, read: DataReport) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import unicodedata
 
 from retuner.errors import Unavailable
 
@@ -12,6 +13,27 @@ READER_GONE = 141
 """Exit code of shells for SIGPIPE: 128 and the signal's number. SIGPIPE itself would end servers, too."""
 
 ESCAPE = "retuner.escape"
+
+JOINERS = "\u200c\u200d"
+"""Of these, emoji and words of some languages are made."""
+STEERS = ("Cc", "Cf", "Cs")
+"""Categories of Unicode: controls, what formats without being seen, halves of characters."""
+
+
+def visible(text: str) -> str:
+    """With escapes such as \\x1b and \\u202e for what would steer the terminal, or the order in which it writes."""
+    return "".join(
+        escaped(each) if unicodedata.category(each) in STEERS and each not in JOINERS else each
+        for each in text
+    )
+
+
+def visible_lines(text: str) -> str:
+    return "\n".join(map(visible, text.split("\n")))
+
+
+def escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def take_stdout() -> None:

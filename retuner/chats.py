@@ -9,6 +9,7 @@ rows aside one by one would only hide what it is; so is one behind whose damage 
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from retuner.preferences import pair_of
 from retuner.table_rows import csv_rows, parquet_rows
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
+_USUAL_ENDING = re.compile(r"\.(jsonl|json|csv)(\.gz|\.zst)?$|\.parquet$")
 MARKS = (
     (b"\xef\xbb\xbf", "UTF-8", "tail -c +4"),
     (b"\xff\xfe\0\0", "UTF-32", "iconv -f UTF-32 -t UTF-8"),
@@ -264,10 +266,13 @@ def _kind(file: DataFile) -> tuple[str, str | None]:
             "a .parquet file, which compresses itself",
             "unpack it",
         )
+    do = "convert it, or make prepare.files match only the files with chats"
+    if ending := _USUAL_ENDING.search(re.sub(r"\.(ndjson|jsonlines)\b", ".jsonl", file.relpath.lower())):
+        do = f"rename it to end in {ending[0]}"
     raise Refused(
         f"{file.relpath} is none of {', '.join(KINDS)}",
         "a chat a line in .jsonl, an array of chats in .json, either or .csv with .gz or .zst behind it, or .parquet",
-        "convert it, or make prepare.files match only the files with chats",
+        do,
     )
 
 
@@ -282,7 +287,7 @@ def _check_head(file: DataFile, kind: str, codec: str | None) -> int:
             raise Refused(
                 f"{file.relpath}:1:1 starts with the byte order mark of {encoding}",
                 "UTF-8 without a byte order mark",
-                f"write it anew{', unpacked' if codec else ''}: {do} {file.relpath} > clean",
+                f"write it anew: {f'{codec} -dc {file.path} | {do}' if codec else f'{do} {file.path}'} > clean",
             )
     found = do = ""
     for magic, told in OTHER_CONTENT.items():

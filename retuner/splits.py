@@ -55,6 +55,9 @@ def prepare(
     from retuner.separation import separate
 
     files = matching(dataset, params.files)
+    if others := sorted({file.relpath for file in dataset.files} - {file.relpath for file in files}):
+        more = f" and {len(others) - SHOWN_ROWS:,} more" if len(others) > SHOWN_ROWS else ""
+        observer.say(f"prepare.files ({params.files}) leaves out: {', '.join(others[:SHOWN_ROWS])}{more}")
     counts = Counts(max(params.max_bad_rows, SHOWN_ROWS))
     bodies, parted = Bodies(work), Parted(work)
     rows = Ordered(work, bodies)
@@ -141,6 +144,11 @@ def _told(facts: SplitsFacts, counts: "Counts", apart: "Separation", params: Pre
         f"{counts.rejected.total():,} set aside; train on {facts.train_rows:,} rows of {facts.train_groups:,} prompts, "
         f"hold out {facts.held_out_rows:,} rows of {facts.held_out_groups:,}"
     )
+    for bad in counts.bad_rows[:SHOWN_ROWS]:
+        yield f"set aside: {bad.where} {bad.cause}: {bad.message}"
+    if counts.rejected.total() > SHOWN_ROWS:
+        causes = ", ".join(f"{cause} {count:,}" for cause, count in counts.rejected.most_common())
+        yield f"set aside, by cause: {causes}"
     if any(facts.redacted.values()):
         yield "redacted: " + ", ".join(f"{kind} {count:,}" for kind, count in facts.redacted.items() if count)
     leaks = [

@@ -1,5 +1,6 @@
 """What the reader accepts, what it sets aside and what it refuses, by the exact bytes of awkward files."""
 
+import gzip
 import json
 import tracemalloc
 from pathlib import Path
@@ -421,6 +422,9 @@ OTHER_KINDS = {
     "rows below a key": ("x.json", b'{"data": [' + GOOD + b"]}", "array below key"),
     "an empty json file": ("x.json", b" \n", "empty"),
     "a document": ("x.txt", b"Who? Me.", "x.txt convert"),
+    "capitals": ("x.JSONL", GOOD, "rename .jsonl"),
+    "newline-delimited JSON": ("x.ndjson.GZ", GOOD, "rename .jsonl.gz"),
+    "a mark in what is packed": ("x.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + GOOD), "gzip -dc tail"),
 }
 
 

@@ -564,6 +564,28 @@ def test_check_reads_and_splits_and_keeps_no_result(project, capsys, monkeypatch
     assert code == 2 and "data.dvc names" in json.loads(out)["error"]["expected"]
 
 
+def test_check_says_what_it_sets_aside_and_which_files_it_leaves_out(project, capsys, monkeypatch):
+    with Path("data/chats.jsonl").open("a") as file:
+        file.write('{"messages": []}\n')
+    Path("data/a\x1b[31m.txt").write_text("no chats")
+    add_to_dvc(project)
+    verb = ("data", "check", "params.yaml", "--set", "prepare.max_bad_rows=1")
+    code, out, err = cli(capsys, monkeypatch, *verb)
+    assert code == 0, err
+    assert "set aside: chats.jsonl:51 no_turns: the conversation has no turns" in out
+    assert "leaves out: a\\x1b[31m.txt" in out
+    code, out, _ = cli(capsys, monkeypatch, *verb, "--json")
+    (bad,) = json.loads(out)["set_aside"]
+    assert (bad["file"], bad["line"], bad["cause"], bad["start"]) == (
+        "chats.jsonl",
+        51,
+        "no_turns",
+        '{"messages": []}',
+    )
+    code, _, err = cli(capsys, monkeypatch, "data", "check", "params.yaml", "--set", "prepare.files=**/*")
+    assert code == 2 and "a\\x1b[31m.txt is none of" in err
+
+
 def test_stats_describe_in_tokens_and_write_the_page(project, capsys, monkeypatch, tmp_path):
     page = tmp_path / "page.html"
     code, out, err = cli(capsys, monkeypatch, "data", "stats", "params.yaml", "--json", "--html", str(page))
