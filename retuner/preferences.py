@@ -75,7 +75,9 @@ def _given(row: Mapping[str, Any], format: Format, wanted: Wanted, roles: Mappin
     if isinstance(value, str) and _is_transcript(value):
         turns = _transcript(value, key)
         # It ends with the mark after which the answer stands.
-        return turns[:-1] if turns[-1][0] == "assistant" and not turns[-1][1].strip() else turns
+        ends = turns[-1][0] == "assistant" and not turns[-1][1].strip()
+        wanted.refuse_material(row)
+        return wanted.with_system(row, turns[:-1] if ends else turns)
     return wanted.with_system(row, [("user", wanted.question(row, format), key)])
 
 

@@ -53,6 +53,18 @@ FORMS = {
         {"system": "Be kind.", "prompt": "Hi", "chosen": HELLO + YES, "rejected": HELLO + NO},
         ["system: Be kind.", *SIMPLE],
     ),
+    "a question and its context": (
+        {"question": "Say", "context": "hi", "chosen": "Yes.", "rejected": "No."},
+        ["user: Say\n\nhi", *SIMPLE[1:]],
+    ),
+    "implicit prompt and a system prompt beside the turns": (
+        {"system": "Be kind.", "chosen": HELLO + YES, "rejected": HELLO + NO},
+        ["system: Be kind.", *SIMPLE],
+    ),
+    "hh-rlhf and a system prompt": (
+        {"system": "Be kind.", "prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Yes.", "rejected": " No."},
+        ["system: Be kind.", *SIMPLE],
+    ),
     "implicit prompt": ({"chosen": LONGER + YES, "rejected": LONGER + NO}, DIALOGUE),
     "implicit prompt and system": (
         {"chosen": SYSTEM + HELLO + YES, "rejected": SYSTEM + HELLO + NO},
@@ -104,6 +116,15 @@ def test_a_table_of_pairs_is_read(tmp_path):
 
 
 BROKEN = {
+    "two system prompts": (
+        {"system": "Be bold.", "chosen": SYSTEM + HELLO + YES, "rejected": SYSTEM + HELLO + NO},
+        "two_systems",
+    ),
+    "a context beside turns": (
+        {"context": "c", "prompt": HELLO, "chosen": YES, "rejected": NO},
+        "unread_key",
+    ),
+    "images": ({"images": ["x"], "prompt": "Hi", "chosen": "Yes.", "rejected": "No."}, "unread_key"),
     "same answers": ({"prompt": "Hi", "chosen": "Yes.", "rejected": "Yes."}, "same_answers"),
     "same but for an edge": ({"prompt": "Hi", "chosen": "Yes.", "rejected": "Yes. \n"}, "same_answers"),
     "other prompts": (
@@ -274,3 +295,28 @@ def test_long_rejected_answers_come_few_at_a_time_out_of_a_file_read_whole(tmp_p
     segments = [segment for _, segment in Reading("preference").segments(data_file(path))]
     assert sum(len(segment.batch.heads) for segment in segments) == len(pairs)
     assert max(len(segment.batch.lines) for segment in segments) < SEGMENT_CHARACTERS + 100_000
+
+
+def test_a_tool_transcript_among_pairs_is_told_as_what_it_is(tmp_path):
+    calls = {"conversations": [{"from": "human", "value": "h"}, {"from": "function_call", "value": "{}"}]}
+    with pytest.raises(Refused, match="tool transcript") as refusal:
+        read(tmp_path, calls)
+    assert "format: auto" not in refusal.value.do
+
+
+@pytest.mark.parametrize(
+    ("row", "advised"),
+    [
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, True),
+        ({"prompt": "p", "chosen": YES, "rejected": NO}, False),
+        ({"question": "p", "chosen": "c", "rejected": "r"}, False),
+        ({"prompt": "p", "completion": "d", "chosen": "c", "rejected": "r"}, False),
+    ],
+)
+def test_the_chosen_answer_alone_is_advised_only_where_that_can_be_read(tmp_path, row, advised):
+    with pytest.raises(Refused, match="preference data") as refusal:
+        read(tmp_path, row, format="auto")
+    assert ("{completion: chosen}" in refusal.value.do) == advised
+    if advised:
+        (chat,) = read(tmp_path, row, format="auto", columns={"completion": "chosen"})
+        assert [turn["content"] for turn in chat.messages] == ["p", "c"]
