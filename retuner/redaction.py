@@ -41,6 +41,7 @@ _PHONE = re.compile(
 _DATE = re.compile(r"\d{1,2}[ /.-]\d{1,2}[ /.-](?:\d\d\Z|\d{4}(?!\d))")
 # A US social security number, as the Social Security Administration writes it.
 _SSN = re.compile(r"\(?\d{3}-\d\d-\d{4}(?!\d)")
+_BEGIN_OF_NUMBER = re.compile(r"(?:\A|(?<= ))[+0(]")
 _LEAST_DIGITS = 9
 # Where a number inside the country begins with 0.
 _REGIONS = ("DE", "GB", "FR", "NL", "BE", "AT", "CH", "IT", "SE", "AU", "NZ", "IN", "JP", "ZA")
@@ -156,15 +157,29 @@ def _passes_luhn(text: str) -> bool:
 
 
 def _phones(text: str) -> Iterator[Span]:
-    for match in _PHONE.finditer(text):
-        if _is_phone(match):
-            yield Span(*match.span())
+    at = 0
+    while match := _PHONE.search(text, at):
+        span = _number_in(match)
+        if span:
+            yield span
+        at = span.end if span else match.end()
 
 
-def _is_phone(match: re.Match[str]) -> bool:
+def _number_in(match: re.Match[str]) -> Span | None:
+    """The match, or the first number in it: two may stand side by side, which as a whole are none."""
+    if _is_phone(match[0]):
+        return Span(*match.span())
+    begins = [match.start() + place.start() for place in _BEGIN_OF_NUMBER.finditer(match[0])]
+    for number, begin in enumerate(begins):
+        for end in [*(other - 1 for other in begins[number + 1 :]), match.end()]:
+            if _is_phone(match.string[begin:end]):
+                return Span(begin, end)
+    return None
+
+
+def _is_phone(text: str) -> bool:
     import phonenumbers
 
-    text = match[0]
     digits = re.sub(r"\D", "", text)
     if _DATE.match(text) or _SSN.match(text) or len(digits) < _LEAST_DIGITS:
         return False

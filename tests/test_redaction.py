@@ -73,6 +73,7 @@ def redact(text: str, kinds=KINDS) -> str:
         ("user@xn--e1afmkfd.xn--p1ai. jo@163.com", "[EMAIL]. [EMAIL]"),
         ("Call +44 20 7946 0958 now", "Call [PHONE] now"),
         ("Call 0049 30 901820 now", "Call [PHONE] now"),
+        ("020 7946 0958 020 7946 0959, 030 901820 +49 30 901821", "[PHONE] [PHONE], [PHONE] [PHONE]"),
         ("(415) 555-2671 or 415-555-2671 or 1-800-555-0199", "[PHONE] or [PHONE] or [PHONE]"),
         ("Tel. 020 7946 0958.", "Tel. [PHONE]."),
         ("+49 (89) - 636480 or (089) - 636480", "[PHONE] or [PHONE]"),
