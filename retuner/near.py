@@ -19,9 +19,7 @@ from retuner.sketch import BINS, distinct_pairs, resemblances
 SLICE_ROWS = 2**18
 WINDOW = 8
 """How many others of its bucket a row is compared with, a band. Larger buckets are crowded, with rows made from one
-pattern: there the rows that agree in the next bands too stand side by side (as in Bawa, Condie and Ganesan, "LSH
-forest", 2005), and the order of the rest differs from band to band, so what is missed in one is met in another."""
-NEXT_BANDS = 8
+pattern: there the order differs from band to band, so what is missed in one is met in another."""
 PORTION, PORTION_WORDS = 2**15, 2**19
 SHOWN = 5
 LOW = np.uint64(2**32 - 1)
@@ -60,8 +58,8 @@ class Near:
 
 
 def find_near(rows: Ordered, similarity: float, usable: Any, folder: Path) -> Near:
-    """Looks at usable rows that have words. Which pairs are met depends on the rows, not on
-    the order they came in. `folder` is for files on the way."""
+    """Looks at usable rows that have words. Which pairs are met depends on the rows, not on the order they came in. `folder` is
+    for files on the way."""
     with closing(_Pairs(rows, folder)) as pairs:
         return _find_near(rows, similarity, usable & (rows.word_counts > 0), pairs)
 
@@ -76,7 +74,8 @@ def _find_near(rows: Ordered, similarity: float, usable: Any, pairs: "_Pairs") -
             compare = partial(_alike, rows, pairs, band, similarity, crowded)
             _join_train(compare, keys[train], members[train], parents)
             _mark_leaks(compare, keys, members, train, leaks)
-            crowded[members[_sizes(keys) > WINDOW]] |= np.uint32(1 << band)
+            sizes = np.searchsorted(keys, keys, "right") - np.searchsorted(keys, keys)
+            crowded[members[sizes > WINDOW]] |= np.uint32(1 << band)
         rows.let_go()
     for some in _portions(len(rows)):
         parents[some] = _roots(parents, np.arange(some.start, min(some.stop, len(rows))))
@@ -105,22 +104,7 @@ def _buckets(rows: Ordered, band: int, usable: Any) -> Iterator[tuple[Any, Any]]
         shared: Any = np.zeros(len(keys), bool)
         shared[1:] |= same
         shared[:-1] |= same
-        yield _side_by_side(rows, band, keys[shared], ((entries[shared] & LOW) * back & LOW).astype(np.int64))
-
-
-def _side_by_side(rows: Ordered, band: int, keys: Any, members: Any) -> tuple[Any, Any]:
-    """The members of crowded buckets in an order in which those with the same next bands adjoin."""
-    at = np.flatnonzero(_sizes(keys) > WINDOW)
-    if len(at):
-        bands: Any = (band + np.arange(NEXT_BANDS, 0, -1)) % BANDS
-        order = np.lexsort((*rows.sketches(members[at])[:, bands].T, keys[at]))
-        members[at] = members[at[order]]
-    return keys, members
-
-
-def _sizes(keys: Any) -> Any:
-    """How many members the bucket of each has."""
-    return np.searchsorted(keys, keys, "right") - np.searchsorted(keys, keys)
+        yield keys[shared], ((entries[shared] & LOW) * back & LOW).astype(np.int64)
 
 
 def _join_train(compare: Compare, keys: Any, members: Any, parents: Any) -> None:
@@ -142,19 +126,16 @@ def _mark_leaks(compare: Compare, keys: Any, members: Any, train: Any, leaks: Fo
     others, held_out = keys[~train], members[~train]
     if not len(others):
         return
-    before: Any = np.cumsum(~train)  # how many held-out ones stand before a train row
     for distances in (range(1), range(1, WINDOW)):
         at = np.flatnonzero(train & ~leaks.flags[members])
         low: Any = np.searchsorted(others, keys[at])
         high: Any = np.searchsorted(others, keys[at], "right")
-        begin = np.clip(before[at] - WINDOW // 2, low, np.maximum(low, high - WINDOW))
-        count = np.minimum(high - low, WINDOW)
         for some in _portions(len(at)):
             for distance in distances:
-                more = (count[some] > distance) & ~leaks.flags[members[at[some]]]
-                first, places = begin[some][more], before[at[some][more]]
-                other = held_out[first + (places - first + distance) % count[some][more]]
-                leaks.add(*compare(members[at[some][more]], other))
+                more = (high[some] - low[some] > distance) & ~leaks.flags[members[at[some]]]
+                row, begin, end = members[at[some]][more], low[some][more], high[some][more]
+                other = held_out[begin + (row + distance) % (end - begin)]
+                leaks.add(*compare(row, other))
 
 
 def _alike(
@@ -174,7 +155,7 @@ def _alike(
     one, other, left, right = one[new], other[new], left[new], right[new]
     as_bytes = sketches.view(np.uint8)
     # Different pairs of words agree in a byte once in 256; two standard deviations of the estimate, which are larger
-    # than those of independent draws by a third at most, are let pass, and one bin.
+    # than those of independent draws by a third at most, are let pass.
     agree = (as_bytes[one] == as_bytes[other]).mean(1) * (256 / 255) - 1 / 255
     deviation = 1.35 * (similarity * (1 - similarity) / BINS) ** 0.5
     likely = agree > similarity - 2 * deviation - 1 / BINS
