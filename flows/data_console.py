@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.stdout import JOINERS, escaped, visible
-from retuner.data_page import LEFT_OUT
+from retuner.data_page import left_out, rows_left_out
 from retuner.data_report import LEAKS, DataReport, TokenReport
 from retuner.describe import ROLES
 from retuner.page_parts import number_of, percent
@@ -226,18 +226,16 @@ def _show_tokens(console: Console, counted: TokenReport) -> None:
             percent(side.supervised, side.tokens),
             f"{side.longest:,} of {counted.max_tokens:,}",
             f"{side.cut:,}",
-            f"{sum(side.left_out.values()):,}",
+            f"{rows_left_out(side):,}",
         )
     console.print()
     console.print(tokens)
     for side in (counted.train, counted.held_out):
         for cause, count in side.left_out.items():
-            console.print(f"left out: {count:,} {LEFT_OUT.get(cause, cause)}", markup=False)
+            console.print(f"left out: {left_out(cause, count)}", markup=False)
     if stripped := counted.train.stripped + counted.held_out.stripped:
-        lose = "loses" if stripped == 1 else "lose"
-        console.print(
-            f"{number_of(stripped, 'row')} {lose} white space at the edge of a message: this tokenizer drops it there"
-        )
+        lose = number_of(stripped, "row", "loses", "lose")
+        console.print(f"{lose} white space at the edge of a message: this tokenizer drops it there")
     if packs := counted.packs:
         console.print(f"{number_of(packs.count, 'pack')}, {packs.fill:.1%} filled")
 

@@ -10,16 +10,29 @@ from typing import Any
 from retuner.coloured import KEY, ShownRow, coloured
 from retuner.data_report import LEAKS, DataReport, LeakExample, SideTokens, TokenReport
 from retuner.describe import ROLES, Description
-from retuner.page_parts import Share, bar, counts, histogram, percent, said, stacked, table, tile
+from retuner.page_parts import (
+    Share,
+    bar,
+    counts,
+    histogram,
+    number_of,
+    percent,
+    plural,
+    said,
+    stacked,
+    table,
+    tile,
+)
 from retuner.page_style import STYLE
 
 LEFT_OUT = {
-    "train_too_long": "train rows longer than max_tokens",
-    "held_out_too_long": "held-out rows longer than max_tokens",
-    "train_no_whole_answer": "train rows without a whole answer within max_tokens",
-    "held_out_no_whole_answer": "held-out rows without a whole answer within max_tokens",
-    "held_out_prompt_too_long": "held-out prompts longer than max_tokens",
+    "train_too_long": ("train row", "longer than max_tokens"),
+    "held_out_too_long": ("held-out row", "longer than max_tokens"),
+    "train_no_whole_answer": ("train row", "without a whole answer within max_tokens"),
+    "held_out_no_whole_answer": ("held-out row", "without a whole answer within max_tokens"),
+    "held_out_prompt_too_long": ("held-out prompt", "longer than max_tokens"),
 }
+"""What is left out and why, by cause."""
 STOCK_PHRASES = {
     "same_prompt": "a short prompt with a held-out row, but so do many others under other system prompts",
     "ngram_13": "13 words in a row with a held-out row, but so do many others",
@@ -77,53 +90,55 @@ def _sections(
 
 
 def _lead(report: DataReport) -> str:
-    files = len(report.rows_by_file)
-    source = f"{report.rows_read:,} rows of {files:,} file{'s' * (files != 1)}"
-    held_out = report.held_out
+    source = f"{number_of(report.rows_read, 'row')} of {number_of(len(report.rows_by_file), 'file')}"
+    train, held_out = report.train, report.held_out
     picked = f"the frozen set <code>{escape(held_out.set)}</code>" if held_out.set else "a hash of the prompt"
     return (
-        f"{source}; {report.train.rows:,} to train on ({report.train.groups:,} prompts), {held_out.rows:,} held out "
-        f"({held_out.groups:,} prompts, picked by {picked})."
+        f"{source}; {train.rows:,} to train on ({number_of(train.groups, 'prompt')}), {held_out.rows:,} held out "
+        f"({number_of(held_out.groups, 'prompt')}, picked by {picked})."
     )
 
 
 def _tiles(report: DataReport, tokens: TokenReport | None) -> str:
     tiles = []
     if tokens:
-        train = tokens.train
+        train, held_out = tokens.train, tokens.held_out
         tiles += [
-            tile(f"{train.rows:,}", "rows to train on", f"{train.tokens:,} tokens"),
+            _tile(train.rows, "row", "to train on", number_of(train.tokens, "token")),
             tile(
-                percent(train.supervised, train.tokens), "of them with loss", f"{train.supervised:,} tokens"
+                percent(train.supervised, train.tokens),
+                "of them with loss",
+                number_of(train.supervised, "token"),
             ),
-            tile(f"{tokens.held_out.rows:,}", "rows held out", f"{tokens.held_out.tokens:,} tokens"),
+            _tile(held_out.rows, "row", "held out", number_of(held_out.tokens, "token")),
         ]
         if tokens.packs:
             tiles.append(
                 tile(
                     f"{tokens.packs.fill:.1%}".replace("%", " %"),
                     "of packs filled",
-                    f"{tokens.packs.count:,} packs",
+                    number_of(tokens.packs.count, "pack"),
                 )
             )
     else:
         tiles += [
-            tile(f"{report.train.rows:,}", "rows to train on"),
-            tile(f"{report.held_out.rows:,}", "rows held out"),
+            _tile(report.train.rows, "row", "to train on"),
+            _tile(report.held_out.rows, "row", "held out"),
         ]
-    tiles.append(tile(f"{report.dropped:,}", "duplicates dropped", percent(report.dropped, report.rows_read)))
+    tiles.append(_tile(report.dropped, "duplicate", "dropped", percent(report.dropped, report.rows_read)))
     stay = any(leak.rows > leak.removed for leak in report.leaks.values())
     note = ("others stay, see Leaks" if stay else "none stays") if report.leaks else "not looked for"
-    tiles.append(tile(f"{report.leaked:,}", "leaks removed", note))
+    tiles.append(_tile(report.leaked, "leak", "removed", note))
     return "".join(tiles)
 
 
+def _tile(number: int, thing: str, what: str, note: str = "") -> str:
+    return tile(f"{number:,}", f"{plural(number, thing)} {what}", note)
+
+
 def _whole(report: DataReport, tokens: TokenReport | None) -> str:
-    long_train = sum(
-        n for cause, n in (tokens.train.left_out if tokens else {}).items() if "prompt" not in cause
-    )
-    long_held = sum(
-        n for cause, n in (tokens.held_out.left_out if tokens else {}).items() if "prompt" not in cause
+    long_train, long_held = (
+        (rows_left_out(tokens.train), rows_left_out(tokens.held_out)) if tokens else (0, 0)
     )
     shares = [
         Share("train", report.train.rows - long_train, "train"),
@@ -139,39 +154,49 @@ def _whole(report: DataReport, tokens: TokenReport | None) -> str:
 
 def _look(report: DataReport, tokens: TokenReport | None) -> str:
     """Sentences about what a careful person would ask about."""
-    found = [("set-aside", f"{sum(report.rejected.values()):,} rows could not be used and were set aside")]
+    aside = sum(report.rejected.values())
+    could_not = "could not be used and"
+    found = [
+        (aside, "set-aside", number_of(aside, "row", f"{could_not} was", f"{could_not} were") + " set aside")
+    ]
     for kind, leak in report.leaks.items():
-        kept = leak.rows - leak.removed
-        found.append(
-            ("leaks", f"{kept:,} train rows stay although {LEAKS.get(kind, kind)} ({kind}: {leak.policy})")
-        )
-        if stock := leak.stock_phrases.rows:
-            shared = STOCK_PHRASES.get(kind, kind)
-            found.append(("leaks", f"{stock:,} train rows share {shared}: these count as no leaks ({kind})"))
-    near = report.duplicates
-    if near.near_policy == "report":
-        found.append(("duplicates", f"{near.near:,} rows are nearly another one and stay"))
+        kept, stock = leak.rows - leak.removed, leak.stock_phrases.rows
+        stay = number_of(kept, "train row", "stays", "stay")
+        found.append((kept, "leaks", f"{stay} although {LEAKS.get(kind, kind)} ({kind}: {leak.policy})"))
+        share = number_of(stock, "train row", "shares", "share")
+        shared = STOCK_PHRASES.get(kind, kind)
+        found.append((stock, "leaks", f"{share} {shared}: that counts as no leak ({kind})"))
+    if report.duplicates.near_policy == "report":
+        near = report.duplicates.near
+        alike = number_of(near, "row", "is nearly another one and stays", "are nearly another one and stay")
+        found.append((near, "duplicates", alike))
     if tokens:
-        for side in (tokens.train, tokens.held_out):
-            found += [
-                ("lengths", f"{count:,} {LEFT_OUT.get(cause, cause)} are left out")
-                for cause, count in side.left_out.items()
-            ]
-        cut = tokens.train.cut + tokens.held_out.cut
-        found.append(("lengths", f"{cut:,} rows were cut at {tokens.max_tokens:,} tokens"))
-        stripped = tokens.train.stripped + tokens.held_out.stripped
+        sides = (tokens.train, tokens.held_out)
+        found += [
+            (count, "lengths", f"{left_out(cause, count)} {'is' if count == 1 else 'are'} left out")
+            for side in sides
+            for cause, count in side.left_out.items()
+        ]
+        cut = sum(side.cut for side in sides)
+        were_cut = number_of(cut, "row", "was cut", "were cut")
+        found.append((cut, "lengths", f"{were_cut} at {tokens.max_tokens:,} tokens"))
+        stripped = sum(side.stripped for side in sides)
+        lose = number_of(stripped, "row", "loses", "lose")
         found.append(
             (
+                stripped,
                 "lengths",
-                f"{stripped:,} rows lose white space at the edge of a message: this tokenizer drops it there",
+                f"{lose} white space at the edge of a message: this tokenizer drops it there",
             )
         )
-    lines = [
-        f'<li>{escape(text)} (<a href="#{id}">more</a>)</li>'
-        for id, text in found
-        if not text.startswith("0 ")
-    ]
+    lines = [f'<li>{escape(text)} (<a href="#{id}">more</a>)</li>' for count, id, text in found if count]
     return f'<ul class="look">{"".join(lines)}</ul>' if lines else "<p>Nothing stands out.</p>"
+
+
+def left_out(cause: str, count: int) -> str:
+    """`2 train rows longer than max_tokens`."""
+    thing, why = LEFT_OUT.get(cause, ("row", f"({cause})"))
+    return f"{number_of(count, thing)} {why}"
 
 
 def _files(report: DataReport) -> str:
@@ -188,15 +213,16 @@ def _set_aside(report: DataReport) -> str:
     found = dict(sorted(report.rejected.items(), key=lambda pair: -pair[1]))
     return (
         counts(("cause", "rows"), found)
-        + "<p><small>Each with file, line and column: <code>data/quarantine.jsonl</code>.</small></p>"
+        + "<p><small>Each with file, line and column: <code>data/quarantine.jsonl</code> of a finished run in MLflow, "
+        "<code>objects/*/aside/quarantine.jsonl</code> in the store.</small></p>"
     )
 
 
 def _lengths(tokens: TokenReport) -> str:
     train, held_out = tokens.train, tokens.held_out
     legend = (
-        f'<ul class="sides"><li><i class="block"></i>train, {_rows_of(train):,} rows</li>'
-        f'<li><i class="line"></i>held out, {_rows_of(held_out):,} rows</li></ul>'
+        f'<ul class="sides"><li><i class="block"></i>train, {number_of(_rows_of(train), "row")}</li>'
+        f'<li><i class="line"></i>held out, {number_of(_rows_of(held_out), "row")}</li></ul>'
     )
     chart = histogram({"train": train.histogram, "held out": held_out.histogram}, tokens.max_tokens)
     names = ("median", "90 % below", "99 % below", "longest used")
@@ -206,8 +232,7 @@ def _lengths(tokens: TokenReport) -> str:
     ]
     cells.append(["longest used", f"{train.longest:,}", f"{held_out.longest:,}"])
     cells.append([f"cut at {tokens.max_tokens:,}", f"{train.cut:,}", f"{held_out.cut:,}"])
-    left = (sum(side.left_out.values()) for side in (train, held_out))
-    cells.append(["left out", *(f"{count:,}" for count in left)])
+    cells.append(["left out", *(f"{rows_left_out(side):,}" for side in (train, held_out))])
     return legend + chart + table(("tokens a row", "train", "held out"), cells, numbers=2, kind="narrow")
 
 
@@ -236,10 +261,11 @@ def _loss(tokens: TokenReport) -> str:
     )
     if packs := tokens.packs:
         padding = round(train.tokens / packs.fill) - train.tokens if packs.fill else 0
-        html += f"<h3>{packs.count:,} packs</h3>" + stacked(
+        html += f"<h3>{number_of(packs.count, 'pack')}</h3>" + stacked(
             [Share("tokens of rows", train.tokens, "train"), Share("padding", padding, "rest")]
         )
-        long = f"; {packs.rows_too_long:,} were too long" if packs.rows_too_long else ""
+        too_long = number_of(packs.rows_too_long, "row", "was", "were")
+        long = f"; {too_long} too long" if packs.rows_too_long else ""
         html += f"<p><small>No row is split{long}. Rows of one pack never see one another.</small></p>"
     return html
 
@@ -263,7 +289,7 @@ def _roles(described: Description) -> str:
         )
     heads = ("role", "characters", "messages", "in all", "median", "90 % below", "longest")
     turns = {
-        f"{answers} answer{'s' * (answers != 1)}": rows
+        number_of(answers, "answer"): rows
         for answers, rows in sorted(described.turns.items())
         if answers <= MOST_TURNS
     }
@@ -306,12 +332,12 @@ def _duplicates(report: DataReport) -> str:
     html = table(("rows that are", "", "rows"), rows, numbers=1, kind="narrow")
     if found.clusters:
         largest = "".join(
-            f'<div class="cluster"><b>{cluster.size:,} rows</b><ol>'
+            f'<div class="cluster"><b>{number_of(cluster.size, "row")}</b><ol>'
             + "".join(f"<li><code>{escape(row.id[:8])}</code>{said(row.start)}</li>" for row in cluster.rows)
             + "</ol></div>"
             for cluster in found.clusters
         )
-        html += f"<details><summary>The {len(found.clusters)} largest clusters</summary>{largest}</details>"
+        html += f"<details><summary>Largest clusters: {len(found.clusters)}</summary>{largest}</details>"
     return html
 
 
@@ -372,6 +398,11 @@ def _redacted(report: DataReport) -> str:
 
 def _sample(shown: Sequence[ShownRow], tokenizer: Any) -> str:
     return KEY + "\n".join(coloured(row, tokenizer) for row in shown) if shown else ""
+
+
+def rows_left_out(side: SideTokens) -> int:
+    """Without prompts that are left out: these are parts of rows, and not rows."""
+    return sum(count for cause, count in side.left_out.items() if "prompt" not in cause)
 
 
 def _rows_of(side: SideTokens) -> int:

@@ -14,15 +14,15 @@ from retuner.row_memo import Places, RowMemo
 def write_prompts(
     path: Path, lines: ChatLines, rows: RowMemo, places: Places, max_tokens: int
 ) -> tuple[int, int]:
-    """One line for each group whose prompt fits into `max_tokens`, in their order: `group`, `messages`, `prompt_ids`,
-    `references`. Returns how many, and of how many the prompt does not fit."""
+    """One line for each group with a prompt that fits into `max_tokens`, in their order: `group`, `messages`,
+    `prompt_ids`, `references`. Returns how many, and of how many no prompt fits."""
     count = too_long = 0
     with path.open("wb") as prompts:
         for group, members in groupby(
             _with_prompts(lines, rows, places), key=lambda member: member[0]["group"]
         ):
-            asked = _asked(members)
-            if len(asked["prompt_ids"]) > max_tokens:
+            asked = _asked(members, max_tokens)
+            if asked is None:
                 too_long += 1
                 continue
             prompts.write(to_json({"group": group, **asked}) + b"\n")
@@ -44,16 +44,17 @@ def _with_prompts(lines: ChatLines, rows: RowMemo, places: Places) -> Iterator[t
             yield chat, tokens.input_ids[start:answer].tolist()
 
 
-def _asked(members: Iterator[tuple[Chat, list[int]]]) -> dict[str, Any]:
-    """The first one's prompt, and the answers of all that share it to the last turn."""
-    asked: dict[str, Any] = {}
+def _asked(members: Iterator[tuple[Chat, list[int]]], max_tokens: int) -> dict[str, Any] | None:
+    """The first prompt that fits, and the answers of all that share it to the last turn; None where none fits."""
+    asked = None
+    answers: dict[bytes, list[str]] = {}
     for chat, prompt_ids in members:
         *context, answer = chat["messages"]
-        if not asked:
-            asked = {"messages": context, "prompt_ids": prompt_ids, "references": []}
-        same = _after_first_answer(asked["messages"]) == _after_first_answer(context)
-        if same and answer["content"] not in asked["references"]:
-            asked["references"].append(answer["content"])
+        known = answers.setdefault(to_json(_after_first_answer(context)), [])
+        if answer["content"] not in known:
+            known.append(answer["content"])
+        if asked is None and len(prompt_ids) <= max_tokens:
+            asked = {"messages": context, "prompt_ids": prompt_ids, "references": known}
     return asked
 
 

@@ -23,9 +23,13 @@ class Share:
     """A class of the style sheet, which colours it."""
 
 
-def number_of(number: int, thing: str) -> str:
-    """`1 row`, `2,000 rows`."""
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+def plural(number: int, thing: str) -> str:
+    return thing if number == 1 else f"{thing}s"
+
+
+def number_of(number: int, thing: str, does: str = "", do: str = "") -> str:
+    """`1 row`, `2,000 rows`; with what one `does` and more `do`: `1 row stays`, `2,000 rows stay`."""
+    return f"{number:,} {plural(number, thing)} {does if number == 1 else do}".rstrip()
 
 
 def said(text: str, most: int = 240) -> str:
@@ -116,8 +120,8 @@ def histogram(sides: Mapping[str, Sequence[Bin]], limit: int) -> str:
         paths.append(f'<path class="{kind}" d="M0,300{"".join(steps)}V300"/>')
     pointed = "".join(
         f'<rect x="{1000 * at * width / right:.1f}" width="{1000 * width / right:.1f}" y="0" height="300"><title>'
-        f"{at * width:,} to {(at + 1) * width - 1:,} tokens: "
-        + ", ".join(f"{escape(name)} {each[at]:,} rows" for name, each in columns.items())
+        f"{number_of(at, 'token') if width == 1 else f'{at * width:,} to {(at + 1) * width - 1:,} tokens'}: "
+        + ", ".join(f"{escape(name)} {number_of(each[at], 'row')}" for name, each in columns.items())
         + "</title></rect>"
         for at in range(number)
     )
@@ -131,7 +135,7 @@ def histogram(sides: Mapping[str, Sequence[Bin]], limit: int) -> str:
     if longest > number * width:
         more = sum(count for bins in sides.values() for _, _, count in bins)
         more -= sum(map(sum, columns.values()))
-        notes.append(f"{more:,} rows too, up to {longest - 1:,} tokens")
+        notes.append(f"{number_of(more, 'row')} too, up to {longest - 1:,} tokens")
     beyond = f"; {', '.join(notes)}" if notes else ""
     ticks = "".join(f'<span style="left:{100 * tick / right:.2f}%">{tick:,}</span>' for tick in _ticks(right))
     return (

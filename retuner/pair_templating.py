@@ -63,14 +63,10 @@ def template_pairs(
     for side in (train, held_out):
         side.refuse_too_long(params)
         side.write(out / f"{side.name}.arrow", rows)
-    count, prompts_too_long = write_prompts(
+    count, held_out.prompts_too_long = write_prompts(
         out / "prompts.jsonl", held_out.chosen.lines, rows, held_out.chosen.places, params.max_tokens
     )
-    left_out = {
-        "train_too_long": train.too_long,
-        "held_out_too_long": held_out.too_long,
-        "held_out_prompt_too_long": prompts_too_long,
-    }
+    left_out = train.left_out | held_out.left_out
     facts = ChatsFacts(
         train_rows=len(train.kept),
         held_out_rows=len(held_out.kept),
@@ -78,7 +74,7 @@ def template_pairs(
         train_tokens=train.tokens,
         supervised_tokens=train.supervised,
         longest_row_tokens=max(train.longest, held_out.longest),
-        left_out={cause: rows for cause, rows in sorted(left_out.items()) if rows},
+        left_out=dict(sorted(left_out.items())),
         packs=None,
         pairs=True,
     )
@@ -113,6 +109,7 @@ class PairSide:
         self.chosen, self.rejected = self.answers = (Side(name, lines), Side(name, RejectedLines(lines)))
         self.tokens = self.supervised = 0
         """Of the pairs that were written: of prompts and answers, and of answers alone."""
+        self.prompts_too_long = 0
 
     @cached_property
     def kept(self) -> "NDArray[Any]":
@@ -135,6 +132,12 @@ class PairSide:
     @property
     def too_long(self) -> int:
         return len(self.lengths) - len(self.kept)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """By cause; none that left nothing out."""
+        counts = {"too_long": self.too_long, "prompt_too_long": self.prompts_too_long}
+        return {f"{self.name}_{cause}": count for cause, count in counts.items() if count}
 
     def refuse_too_long(self, params: TemplateParams) -> None:
         """Errors: Refused when params leave out no pair, or there would be none left."""
@@ -194,8 +197,8 @@ class PairSide:
             "tokens": self.tokens,
             "supervised": self.supervised,
             "longest": self.longest,
-            "stripped": max(each.stripped for each in self.answers),
-            "left_out": {f"{self.name}_too_long": self.too_long} if self.too_long else {},
+            "stripped": int((self.chosen.strips | self.rejected.strips).sum()),
+            "left_out": self.left_out,
             "histogram": list(histogram.ranges()),
         }
 

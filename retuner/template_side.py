@@ -32,8 +32,8 @@ class Side:
     """Tokens of those, as they are used."""
     supervised: int = 0
     cut: int = 0
-    stripped: int = 0
-    """Conversations of which the tokenizer drops white space at the edge of a message."""
+    strips: "NDArray[Any]" = field(init=False)
+    """Whether the tokenizer drops white space at the edge of a message, of every conversation."""
     left_out: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -74,7 +74,11 @@ class Side:
         self.kept = np.flatnonzero(used).astype(np.int32)
         self.kept_tokens = np.minimum(self.lengths[self.kept], params.max_tokens)
         self.supervised = int(supervised[used].sum())
-        self.stripped = int(np.count_nonzero(rows.column("stripped", self.places)))
+        self.strips = rows.column("stripped", self.places) > 0
+
+    @property
+    def stripped(self) -> int:
+        return int(self.strips.sum())
 
     @property
     def rows(self) -> int:

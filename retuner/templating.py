@@ -5,7 +5,7 @@ same data gives the same bytes whatever was in the memo.
 """
 
 import json
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -76,14 +76,14 @@ def template(
     with ThreadPoolExecutor(1) as beside:
         writing = beside.submit(_write_rows, out / "train.arrow", train, rows, params)
         _write_rows(out / "held_out.arrow", held_out, rows, params)
-        prompts, prompts_too_long = write_prompts(
+        prompts, held_out.left_out["held_out_prompt_too_long"] = write_prompts(
             out / "prompts.jsonl", held_out.lines, rows, held_out.places, params.max_tokens
         )
         packs = _pack(out / "packs.arrow", train, params.pack_tokens)
         writing.result()
     for side in (train, held_out):
         side.lines.forget_groups()
-    left_out = train.left_out + held_out.left_out + Counter(held_out_prompt_too_long=prompts_too_long)
+    left_out = train.left_out + held_out.left_out
     facts = ChatsFacts(
         train_rows=train.rows,
         held_out_rows=held_out.rows,
@@ -91,7 +91,7 @@ def template(
         train_tokens=train.tokens,
         supervised_tokens=train.supervised,
         longest_row_tokens=max(train.longest, held_out.longest),
-        left_out={cause: count for cause, count in sorted(left_out.items()) if count},
+        left_out=dict(sorted(left_out.items())),
         packs=packs,
     )
     _refuse_nothing_left(facts, train, held_out, params)

@@ -162,6 +162,42 @@ def test_what_a_careful_person_would_ask_about_stands_on_top():
     assert "not looked for" in calm["duplicates"] and "not looked for" in calm[""]
 
 
+def test_one_of_a_kind_is_told_in_the_singular():
+    leak = {"rows": 1, "policy": "report", "removed": 0}
+    alike = {"train": "c" * 32, "held_out": "d" * 32, "start": "Hi", "against": "held-out"}
+    one = some_report(
+        rows_read=1,
+        rows_by_file={"a.jsonl": 1},
+        rejected={"bad_json": 1},
+        duplicates={"exact": 1, "near": 1, "near_policy": "report"},
+        leaks={
+            "near": {**leak, "stock_phrases": {"rows": 1, "examples": [alike]}},
+            "same_prompt": {**leak, "removed": 1},
+        },
+        train={"rows": 1, "groups": 1},
+        held_out={"rows": 1, "groups": 1, "set": None},
+    )
+    causes = ("train_too_long", "train_no_whole_answer", "held_out_prompt_too_long")
+    counted = side([1], cut=1, stripped=0, left_out=dict.fromkeys(causes, 1))
+    packs = {"count": 1, "fill": 0.5, "rows_too_long": 1}
+    tokens = some_tokens(train=counted, held_out=side([1], stripped=1), packs=packs)
+    text = Page(data_page(one, tokens)).text
+    for said in (
+        "1 row could not be used and was set aside",
+        "1 train row stays although",
+        "1 train row shares",
+        "1 row is nearly another one and stays",
+        "1 train row longer than max_tokens is left out",
+        "1 held-out prompt longer than max_tokens is left out",
+        "1 row was cut",
+        "1 row loses white space",
+    ):
+        assert said in text["look"]
+    assert "1row to train on" in text[""] and "1duplicate dropped" in text[""] and "1leak removed" in text[""]
+    plurals = "rows|tokens|packs|prompts|files|answers|duplicates|leaks|are|were|stay|share|lose"
+    assert not re.search(rf"\b1 ?([a-z-]+ )?({plurals})\b", " ".join(text.values()))
+
+
 def test_rows_that_no_cause_accounts_for_are_not_hidden():
     assert "not told 80" in Page(data_page(some_report(rows_read=200), some_tokens())).text["rows"]
 
@@ -235,8 +271,8 @@ def test_a_histogram_shows_every_row_once(train, held_out, limit):
     sides = {"train": side(train)["histogram"], "held out": side(held_out)["histogram"]}
     html = histogram(sides, limit)
     Page(html)
-    drawn = sum(int(n.replace(",", "")) for n in re.findall(r"(?:train|held out) ([0-9,]+) rows", html))
-    cut_off = re.search(r"([0-9,]+) rows too, up to", html)
+    drawn = sum(int(n.replace(",", "")) for n in re.findall(r"(?:train|held out) ([0-9,]+) rows?", html))
+    cut_off = re.search(r"([0-9,]+) rows? too, up to", html)
     told = drawn + (int(cut_off[1].replace(",", "")) if cut_off else 0)
     assert told == len(train) + len(held_out)
     assert ('class="limit"' in html) != ("lies beyond the right edge" in html)

@@ -53,6 +53,7 @@ def lay_out(tmp_path, base):
         with pa.memory_map(str(out / "train.arrow")) as source:
             return pa.ipc.open_stream(source).read_all().to_pylist()
 
+    run.tokens = lambda: json.loads((run.out / "aside" / "tokens.json").read_bytes())
     return run
 
 
@@ -129,6 +130,18 @@ def test_a_pair_is_left_out_when_either_answer_is_too_long(lay_out):
         lay_out([*PAIRS, ([ASK], long, "No."), ([ASK], "Yes.", long)], too_long="refuse")
     with pytest.raises(Refused, match="2 of 2 train pairs"):
         lay_out([([ASK], long, "No."), ([ASK], "Yes.", long)])
+
+
+def test_a_held_out_prompt_that_is_too_long_is_told_apart_from_its_pair(lay_out):
+    lay_out(PAIRS, [*PAIRS[:1], ([{**ASK, "content": "x" * 100}], "Yes.", "No.")])
+    told = {"held_out_prompt_too_long": 1, "held_out_too_long": 1}
+    assert lay_out.facts.left_out == told
+    assert lay_out.tokens()["held_out"]["left_out"] == told
+
+
+def test_a_pair_loses_white_space_when_either_answer_does(lay_out):
+    lay_out([*PAIRS, ([SYSTEM, ASK], " So.", "No."), ([ASK], "Sure.", " Never."), ([ASK], " Fine.", " Bad.")])
+    assert lay_out.tokens()["train"]["stripped"] == 3
 
 
 def test_tokens_are_counted_and_prompts_written_with_the_chosen_answer(lay_out):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from retuner.artifacts import Base, Splits, SplitsFacts
 from retuner.base import fetch_base, load_tokenizer
+from retuner.data_page import rows_left_out
 from retuner.data_report import TokenReport
 from retuner.errors import Refused
 from retuner.observe import Silent
@@ -455,6 +456,34 @@ def test_long_chats_are_left_out_and_counted(tmp_path, tiny):
     assert facts.left_out == {"held_out_prompt_too_long": 1, "held_out_too_long": 1, "train_too_long": 1}
     assert [row["id"] for row in read_rows(out / "train.arrow")] == [row_id("train", 0)]
     assert any("train_too_long 1" in line for line in lines)
+
+
+def test_of_prompts_of_a_group_the_first_that_fits_is_asked(tmp_path, tiny):
+    train, other = [("g", asked("Colour?", "red"))], asked("Why?", "x" * 200, "Never.")
+    held_out = [
+        ("a", other),
+        ("a", asked("Why?", "So.")),
+        ("a", asked("why?", "No.")),
+        ("b", LONG),
+        ("c", other),
+    ]
+    out, facts, _ = run_stage(tmp_path, tiny, train, held_out, too_long="leave_out")
+    prompts = [json.loads(line) for line in (out / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(prompt["group"], prompt["references"]) for prompt in prompts] == [
+        (group_id("a"), ["So.", "No."]),
+        (group_id("b"), ["x" * 200]),
+    ]
+    assert facts.left_out == {"held_out_prompt_too_long": 1, "held_out_too_long": 3}
+
+
+def test_prompts_that_do_not_fit_are_told_on_the_page_apart_from_rows(tmp_path, tiny):
+    held_out = [("i", asked("Size?", "big")), ("j", asked("Q" * 200, "x"))]
+    out, _, _ = run_stage(tmp_path, tiny, [("g", asked("Colour?", "red"))], held_out, too_long="leave_out")
+    tokens = TokenReport.model_validate_json((out / "aside" / "tokens.json").read_bytes())
+    assert tokens.held_out.left_out == {"held_out_prompt_too_long": 1, "held_out_too_long": 1}
+    assert rows_left_out(tokens.held_out) == 1
+    page = (out / "aside" / "report.html").read_text(encoding="utf-8")
+    assert "1 held-out prompt longer than max_tokens is left out" in page
 
 
 def test_a_cut_chat_keeps_loss_on_whole_answers_only(tmp_path, tiny):
