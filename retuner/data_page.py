@@ -9,7 +9,7 @@ from typing import Any
 
 from retuner.coloured import KEY, ShownRow, coloured
 from retuner.data_report import LEAKS, DataReport, LeakExample, SideTokens, TokenReport
-from retuner.describe import ROLES, Description
+from retuner.describe import ROLES, Description, quantile
 from retuner.page_parts import (
     Share,
     bar,
@@ -225,10 +225,10 @@ def _lengths(tokens: TokenReport) -> str:
         f'<li><i class="line"></i>held out, {number_of(_rows_of(held_out), "row")}</li></ul>'
     )
     chart = histogram({"train": train.histogram, "held out": held_out.histogram}, tokens.max_tokens)
-    names = ("median", "90 % below", "99 % below", "longest used")
+    names = ("median", "90 % below", "99 % below", "longest")
     cells = [
-        [name, *(f"{_quantile(side, share):,}" for side in (train, held_out))]
-        for name, share in zip(names, (0.5, 0.9, 0.99), strict=False)
+        [name, *(f"{quantile(side.histogram, share):,}" for side in (train, held_out))]
+        for name, share in zip(names, (0.5, 0.9, 0.99, 1.0), strict=True)
     ]
     cells.append(["longest used", f"{train.longest:,}", f"{held_out.longest:,}"])
     cells.append([f"cut at {tokens.max_tokens:,}", f"{train.cut:,}", f"{held_out.cut:,}"])
@@ -407,13 +407,3 @@ def rows_left_out(side: SideTokens) -> int:
 
 def _rows_of(side: SideTokens) -> int:
     return sum(rows for _, _, rows in side.histogram)
-
-
-def _quantile(side: SideTokens, share: float) -> int:
-    """The end of the bin up to which `share` of the rows reach."""
-    wanted, seen = share * _rows_of(side), 0
-    for _, high, rows in side.histogram:
-        seen += rows
-        if seen >= wanted:
-            return high - 1
-    return side.longest

@@ -36,6 +36,22 @@ _NO_SCRIPT = {
 }
 
 
+Bin = tuple[int, int, int]
+"""`(low, high, count)` of lengths; `high` is not in it."""
+
+
+def quantile(bins: Iterable[Bin], share: float) -> int:
+    """The length that `share` of them reach at most: the greatest of its bin, so that this is true. Of bins of
+    `Lengths` it is high by 1/32 at most, and never above the longest. 0 when there is none."""
+    known = list(bins)
+    wanted, seen = share * sum(count for _, _, count in known), 0
+    for _, high, count in known:
+        seen += count
+        if seen >= wanted:
+            return high - 1
+    return 0
+
+
 @dataclass
 class Lengths:
     """How many of each length: exact below 64, then in bins whose ends are at most 1/32 apart."""
@@ -57,20 +73,14 @@ class Lengths:
         self.longest = max(self.longest, other.longest)
 
     def quantile(self, share: float) -> int:
-        """The length that `share` of them reach at most, low by 1/32 at most; 0 when there is none."""
-        if share >= 1.0:
-            return self.longest
-        wanted, seen = share * self.bins.total(), 0
-        for low, count in sorted(self.bins.items()):
-            seen += count
-            if seen >= wanted:
-                return low
-        return self.longest
+        """See `quantile`."""
+        return quantile(self.ranges(), share)
 
-    def ranges(self) -> Iterator[tuple[int, int, int]]:
-        """`(low, high, count)` of each bin, shortest first; `high` is not in it."""
+    def ranges(self) -> Iterator[Bin]:
+        """Of each bin, shortest first. The last one ends with the longest."""
         for low, count in sorted(self.bins.items()):
-            yield low, low + (1 << max(0, low.bit_length() - BIN_BITS)), count
+            high = low + (1 << max(0, low.bit_length() - BIN_BITS))
+            yield low, min(high, self.longest + 1), count
 
     def spelled(self) -> dict[str, Any]:
         bins = {str(low): count for low, count in sorted(self.bins.items())}

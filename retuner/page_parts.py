@@ -9,8 +9,7 @@ from html import escape
 from itertools import accumulate, pairwise
 from textwrap import shorten
 
-Bin = tuple[int, int, int]
-"""`(low, high, count)`; `high` is not in it."""
+from retuner.describe import Bin, quantile
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def histogram(sides: Mapping[str, Sequence[Bin]], limit: int) -> str:
     Heights are shares of a side's rows, so sides of unequal size compare. A long thin tail is cut off, and said.
     """
     longest = max((bins[-1][1] for bins in sides.values() if bins), default=1)
-    edge = min(longest, 2 * max((_reach(bins, 0.99) for bins in sides.values()), default=1))
+    edge = min(longest, 2 * max((quantile(bins, 0.99) + 1 for bins in sides.values()), default=1))
     inside = limit <= 1.3 * edge
     width = _round_up(edge / 48)
     number = -(-edge // width)
@@ -167,16 +166,6 @@ def _columns(bins: Sequence[Bin], width: int, number: int) -> list[int]:
     # Rounded where they end, so that the columns are whole numbers and their sum is right.
     ends = [round(end, 6) for end in accumulate(columns, initial=0.0)]
     return [int(end + 0.5) - int(begin + 0.5) for begin, end in pairwise(ends)]
-
-
-def _reach(bins: Sequence[Bin], share: float) -> int:
-    """The length below which `share` of them lie, at the end of a bin."""
-    wanted, seen = share * sum(count for _, _, count in bins), 0
-    for _, high, count in bins:
-        seen += count
-        if seen >= wanted:
-            return high
-    return 1
 
 
 def _round_up(number: float) -> int:

@@ -148,6 +148,16 @@ def test_every_part_of_the_report_is_told():
     assert "email3" in text["redacted"] and "card" not in text["redacted"]
 
 
+def test_lengths_are_true_and_none_is_above_the_longest():
+    told = some_tokens(max_tokens=700, train=side([100] * 9 + [1001], longest=700, cut=1))
+    text = Page(data_page(some_report(), told)).text["lengths"]
+    assert "median10125" in text, "upper end of the bin from 100 to 101"
+    assert "90 % below10125" in text and "99 % below1,00125" in text
+    assert "longest1,00125" in text and "longest used70025" in text
+    tail = {"train": side([100] * 999 + [100_001])["histogram"]}
+    assert "1 row too, up to 100,001 tokens" in histogram(tail, 700)
+
+
 def test_what_a_careful_person_would_ask_about_stands_on_top():
     text = Page(data_page(some_report(), some_tokens())).text["look"]
     assert "7 rows could not be used" in text
