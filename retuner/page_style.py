@@ -99,7 +99,11 @@ article header b.held_out { color: var(--held); }
   font-size: .85em;
   white-space: nowrap; }
 .text .c.y, .key .c.y { background: var(--stop); border-color: var(--stop); color: var(--card); font-weight: 600; }
+.text .c { unicode-bidi: isolate; }
+.text bdi { unicode-bidi: plaintext; }
 .n { opacity: .45; font-style: normal; }
+.b { border: 1px dotted currentColor; border-radius: 3px; padding: 0 .2em; margin: 0 .1em; font-size: .72em;
+  font-style: normal; unicode-bidi: isolate; }
 @media (max-width: 34rem) { body { padding: 1.25rem .75rem 3rem; } section { padding: .9rem .9rem 1rem; }
   .tiles { grid-template-columns: repeat(2, 1fr); } .tile b { font-size: 1.25rem; } .plot { height: 10rem; } }
 @media print { body { background: none; } section { break-inside: avoid; } .text { max-height: none; } }

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from retuner.coloured import ShownRow
+from retuner.coloured import ShownRow, coloured
 from retuner.data_page import data_page
 from retuner.data_report import DataReport
 from retuner.describe import Lengths, describe
@@ -294,16 +294,36 @@ def test_shares_are_never_rounded_to_nothing_or_all():
     assert {asked: percent(*asked) for asked in shares} == shares
 
 
-def test_rows_are_shown_token_by_token(tmp_path):
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory):
     from retuner.base import fetch_base, load_tokenizer
     from retuner.observe import Silent
     from retuner.params import TinyBase
     from retuner.rendering import Renderer
 
-    fetch_base(tmp_path, TinyBase(source="tiny", seed=0), Silent())
-    renderer = Renderer(load_tokenizer(tmp_path))
+    base = tmp_path_factory.mktemp("base")
+    fetch_base(base, TinyBase(source="tiny", seed=0), Silent())
+    return Renderer(load_tokenizer(base))
+
+
+def test_rows_are_shown_token_by_token(renderer):
     ids, labels = renderer.encode_chat(asked("<b>é🙂</b>", "red <|end|>"))
     row = ShownRow("held_out", "f" * 32, ids, labels)
     text = Page(data_page(some_report(), some_tokens(), [row], renderer.tokenizer)).text["sample"]
     assert "<b>é🙂</b>" in text and "red <|end|>" in text
     assert f"{len(ids)} tokens" in text and "scored" in text
+
+
+def test_no_message_turns_what_is_around_it_and_what_would_is_seen(renderer):
+    """Only what is within one isolated element can change the order of its neighbours."""
+    ids, labels = renderer.encode_chat(asked("שלום \u202egnp.exe", "عربي \u2069\u200f."))
+    html = coloured(ShownRow("train", "f" * 32, ids, labels), renderer.tokenizer)
+    _, shown = html.split('<div class="text">')
+    apart = re.findall("<bdi>(.*?)</bdi>", shown, re.DOTALL)
+    messages = [re.sub("<.*?>", "", each) for each in apart]
+    assert any("שלום RLOgnp.exe" in said for said in messages)
+    assert any("عربي PDIRLM." in said for said in messages)
+    around = re.sub("<.*?>", "", re.sub("<bdi>.*?</bdi>", "", shown, flags=re.DOTALL))
+    assert around.isascii() and "<|user|>" not in "".join(messages)
+    assert 'title="U+202E RIGHT-TO-LEFT OVERRIDE"' in html
+    assert not re.search("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]", html)
