@@ -143,14 +143,16 @@ class PairSide:
         """Errors: Refused when params leave out no pair, or there would be none left."""
         if len(self.kept) and (params.too_long != "refuse" or not self.too_long):
             return
-        at = self.lengths.argmax()
+        which, at = (
+            ("longest", self.lengths.argmax()) if len(self.kept) else ("shortest", self.lengths.argmin())
+        )
         name, tokens = chat_name(self.chosen.lines.read(at[None])[0]), self.lengths[at]
         raise Refused(
-            f"too long are {self.too_long:,} of {len(self.lengths):,} {self.name} pairs; the longest is {name} with "
+            f"too long are {self.too_long:,} of {len(self.lengths):,} {self.name} pairs; the {which} is {name} with "
             f"{tokens:,} tokens in its longer answer and prompt",
             f"at most {params.max_tokens:,} tokens (template.max_tokens)",
-            f"raise template.max_tokens, to {tokens} for all"
-            + (", or set template.too_long: leave_out" if len(self.kept) else ""),
+            f"raise template.max_tokens, to {tokens} for "
+            + ("all, or set template.too_long: leave_out" if len(self.kept) else "this one"),
         )
 
     def write(self, path: Path, rows: RowMemo) -> None:

@@ -96,10 +96,13 @@ class Side:
     def longest_before(self) -> int:
         return int(self.lengths.max(initial=0))
 
-    def longest_name(self) -> str:
-        """Of the longest conversation; there must be one."""
-        at = self.lengths.argmax()
-        return chat_name(self.lines.read(at[None])[0])
+    @property
+    def shortest(self) -> Any:
+        """The number of a conversation; there must be one."""
+        return self.lengths.argmin()
+
+    def name_of(self, number: Any) -> str:
+        return chat_name(self.lines.read(number[None])[0])
 
     def shown(self, rows: RowMemo, max_tokens: int) -> Iterator[ShownRow]:
         """Some rows from all over the side."""

@@ -298,7 +298,7 @@ def _refuse_too_long(train: Side, held_out: Side, params: TemplateParams) -> Non
     total = len(train.lines) + len(held_out.lines)
     side = max(train, held_out, key=lambda side: side.longest_before)
     raise Refused(
-        f"too long are {count:,} of {total:,} chats; the longest is {side.longest_name()} with "
+        f"too long are {count:,} of {total:,} chats; the longest is {side.name_of(side.lengths.argmax())} with "
         f"{side.longest_before:,} tokens",
         f"at most {params.max_tokens:,} tokens (template.max_tokens)",
         f"raise template.max_tokens to {side.longest_before}, or set template.too_long to leave_out or truncate",
@@ -310,9 +310,9 @@ def _refuse_nothing_left(facts: ChatsFacts, train: Side, held_out: Side, params:
         if side.rows == 0:
             raise Refused(
                 f"none of the {len(side.lines):,} {side.name} chats fits; "
-                f"the longest is {side.longest_name()} with {side.longest_before:,} tokens",
+                f"the shortest is {side.name_of(side.shortest)} with {side.lengths[side.shortest]:,} tokens",
                 f"a whole answer within {params.max_tokens:,} tokens (template.max_tokens)",
-                "raise template.max_tokens",
+                f"raise template.max_tokens, to {side.lengths[side.shortest]} for this one",
             )
     if facts.held_out_prompts == 0:
         raise Refused(

@@ -128,8 +128,8 @@ def test_a_pair_is_left_out_when_either_answer_is_too_long(lay_out):
     assert lay_out.facts.longest_row_tokens <= 96
     with pytest.raises(Refused, match="2 of 5 train pairs"):
         lay_out([*PAIRS, ([ASK], long, "No."), ([ASK], "Yes.", long)], too_long="refuse")
-    with pytest.raises(Refused, match="2 of 2 train pairs"):
-        lay_out([([ASK], long, "No."), ([ASK], "Yes.", long)])
+    with pytest.raises(Refused, match="2 of 2 train pairs; the shortest is .* with 115 tokens"):
+        lay_out([([ASK], long + long, "No."), ([ASK], "Yes.", long)])
 
 
 def test_a_held_out_prompt_that_is_too_long_is_told_apart_from_its_pair(lay_out):

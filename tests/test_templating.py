@@ -486,6 +486,16 @@ def test_prompts_that_do_not_fit_are_told_on_the_page_apart_from_rows(tmp_path, 
     assert "1 held-out prompt longer than max_tokens is left out" in page
 
 
+def test_a_chat_longer_than_the_tokenizer_expects_is_no_cause_to_warn(tmp_path, tiny, caplog, monkeypatch):
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    room = load_tokenizer(tiny.path).model_max_length
+    train = [("g", asked("Colour?", "red")), ("h", asked("Q", "x" * room))]
+    run_stage(tmp_path, tiny, train, [("i", asked("Size?", "big"))], too_long="leave_out")
+    assert not caplog.records
+
+
 def test_a_cut_chat_keeps_loss_on_whole_answers_only(tmp_path, tiny):
     train = [("g", asked("Colour?", "red", "x" * 200)), ("h", LONG)]
     out, facts, lines = run_stage(tmp_path, tiny, train, [("i", asked("Size?", "big"))], too_long="truncate")
@@ -515,8 +525,14 @@ def test_a_cut_before_the_stop_token_drops_the_answer_and_a_cut_behind_it_does_n
 
 
 def test_nothing_left_is_refused_before_any_model_loads(tmp_path, tiny):
-    with pytest.raises(Refused, match=r"none of the 1 train chats fits.* 2[0-9]{2} tokens"):
-        run_stage(tmp_path, tiny, [("h", LONG)], [("i", asked("Size?", "big"))], too_long="truncate")
+    longer = asked("Q" * 20, "x" * 300)
+    shortest = len(Renderer(load_tokenizer(tiny.path)).encode_chat(LONG)[0])
+    with pytest.raises(
+        Refused, match=rf"none of the 2 train chats fits; the shortest .* {shortest} tokens"
+    ) as refusal:
+        train = [("h", longer), ("i", LONG)]
+        run_stage(tmp_path, tiny, train, [("i", asked("Size?", "big"))], too_long="truncate")
+    assert f"max_tokens, to {shortest} for this one" in refusal.value.do
 
 
 def test_a_refused_chat_is_named(tmp_path, tiny):
