@@ -73,7 +73,8 @@ def prepare(
         rows.finish()
         train, held = rows.sides == 0, rows.sides == 1
         if not train.any() or not held.any():
-            raise _empty_side(int((train | held).sum()), groups(rows, train), groups(rows, held), params)
+            usable = int((train | held).sum())
+            raise _empty_side(usable, counts, groups(rows, train), groups(rows, held), params)
         apart = separate(rows, work, params, ["train", "held-out", *(each.name for each in earlier)])
         kept = train & ~apart.removed
         if not kept.any():
@@ -243,27 +244,40 @@ def _too_many_bad_rows(counts: "Counts", max_bad_rows: int) -> Refused:
     total = counts.rejected.total()
     shown = [f"  - {bad.where} {bad.cause}: {bad.message}" for bad in counts.bad_rows[:SHOWN_ROWS]]
     more = [f"  - and {total - len(shown):,} more"] * (total > len(shown))
-    causes = ", ".join(f"{cause} {count:,}" for cause, count in counts.rejected.most_common())
+    do = f"mend them, or set prepare.max_bad_rows to {total} to leave them out and list them in quarantine"
+    if total == counts.rows_by_file.total():
+        ((cause, count),) = counts.rejected.most_common(1)
+        do = f"check prepare.format and prepare.columns, or mend the files: {count:,} times it is {cause}"
     return Refused(
         f"{total:,} of {counts.rows_by_file.total():,} rows cannot be used:\n"
-        + "\n".join([*shown, *more, f"  by cause: {causes}"]),
+        + "\n".join([*shown, *more, f"  by cause: {_causes(counts)}"]),
         f"at most {max_bad_rows:,} bad rows (prepare.max_bad_rows)",
-        f"mend them, or set prepare.max_bad_rows to {total} to leave them out and list them in quarantine",
+        do,
     )
 
 
-def _empty_side(rows: int, train_groups: int, held_out_groups: int, params: PrepareParams) -> Refused:
+def _causes(counts: "Counts") -> str:
+    return ", ".join(f"{cause} {count:,}" for cause, count in counts.rejected.most_common())
+
+
+def _empty_side(
+    rows: int, counts: "Counts", train_groups: int, held_out_groups: int, params: PrepareParams
+) -> Refused:
     groups = train_groups + held_out_groups
     if groups < 2:
-        found = (
+        read, aside = counts.rows_by_file.total(), counts.rejected.total()
+        usable = (
             f"{rows:,} usable rows, all with the same prompt"
             if rows > 1
             else ["no usable row", "one usable row"][rows]
         )
+        lost = [f"{read - aside - rows:,} duplicates dropped"] if read - aside > rows else []
+        if aside:
+            lost.append(f"{aside:,} set aside ({_causes(counts)}; the first at {counts.bad_rows[0].where})")
         return Refused(
-            f"the data has {found}",
+            f"the data has {usable}" + (f": {read:,} read, {', '.join(lost)}" if lost else ""),
             "chats with at least two different prompts, one to train on and one held out",
-            "add chats, or check prepare.files",
+            f"add chats, or check {'prepare.format, prepare.columns and ' if aside else ''}prepare.files",
         )
     side = "held out" if train_groups else "left to train on"
     if params.held_out_set:

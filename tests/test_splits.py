@@ -177,12 +177,30 @@ def test_files_is_a_glob_of_whole_relative_paths(stage, glob, found):
         ([], "no usable row"),
         (some_rows(1), "one usable row"),
         (some_rows(1, answers=9), "9 usable rows, all with the same prompt"),
+        (some_rows(1) * 20, "one usable row: 20 read, 19 duplicates dropped"),
     ],
 )
 def test_data_that_cannot_have_two_sides_is_refused(stage, rows, words):
     with pytest.raises(Refused, match=words) as refusal:
         stage({"x.jsonl": rows})
     assert "two different prompts" in str(refusal.value)
+
+
+def test_rows_that_were_set_aside_are_told_when_too_few_are_left(stage):
+    bad = b"oops\n" * 30 + b"{}\n" * 20
+    with pytest.raises(Refused) as refusal:
+        stage({"a.jsonl": bad, "b.jsonl": some_rows(1)}, max_bad_rows=50)
+    told = r"one usable row: 51 read, 50 set aside (bad_json 30, unknown_format 20; the first at a.jsonl:1"
+    assert told in refusal.value.found and "prepare.format" in refusal.value.do
+    with pytest.raises(Refused, match="no usable row: 50 read, 50 set aside .bad_json 30"):
+        stage({"a.jsonl": bad}, max_bad_rows=50)
+
+
+def test_a_greater_limit_is_no_advice_when_every_row_is_bad(stage):
+    with pytest.raises(Refused) as refusal:
+        stage({"a.jsonl": b"{}\n" * 3 + b"oops\n"}, max_bad_rows=2)
+    assert "4 of 4 rows" in refusal.value.found and "3 times it is unknown_format" in refusal.value.do
+    assert "prepare.format" in refusal.value.do and "max_bad_rows" not in refusal.value.do
 
 
 @pytest.mark.parametrize(("held_out", "words"), [(False, "held out"), (True, "left to train on")])
