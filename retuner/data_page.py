@@ -321,9 +321,7 @@ def _scripts(described: Description) -> str:
 
 def _duplicates(report: DataReport) -> str:
     found = report.duplicates
-    near = {"report": "and stay", "remove": "taken out of train"}.get(
-        found.near_policy or "", "not looked for"
-    )
+    near = {"report": "stay", "remove": "taken out of train"}.get(found.near_policy or "", "not looked for")
     rows = [
         ("equal to another row", "dropped", f"{found.exact:,}"),
         ("equal but for case and white space", "dropped", f"{found.folded:,}"),
@@ -346,8 +344,7 @@ def _leaks(report: DataReport) -> str:
         return ""
     rows = [
         (
-            escape(kind),
-            escape(LEAKS.get(kind, "")),
+            f"{escape(kind)}<br><small>{escape(LEAKS.get(kind, ''))}</small>",
             escape(leak.policy),
             f"{leak.rows:,}",
             f"{leak.removed:,}",
@@ -355,7 +352,7 @@ def _leaks(report: DataReport) -> str:
         )
         for kind, leak in report.leaks.items()
     ]
-    heads = ("kind", "of a train row", "policy", "rows", "removed", "stock phrases")
+    heads = ("kind of train row", "policy", "rows", "removed", "stock phrases")
     html = table(heads, rows, numbers=3)
     if any(leak.stock_phrases.rows for leak in report.leaks.values()):
         html += (
@@ -375,13 +372,16 @@ def _examples(what: str, examples: Sequence[LeakExample], rows: int) -> str:
     for example in examples:
         against = "held out" if example.against == "held-out" else example.against
         theirs = said(example.held_out_start) if example.held_out_start else "<small>begins alike</small>"
+        shared = (
+            f'<div class="shared"><span>both have</span>{said(example.shared)}</div>'
+            if example.shared
+            else ""
+        )
         pairs.append(
             f'<div class="two"><div class="train"><span>train <code>{escape(example.train[:8])}</code></span>'
             f'{said(example.start)}</div><div class="held"><span>{escape(against)} '
-            f"<code>{escape(example.held_out[:8])}</code></span>{theirs}</div></div>"
+            f"<code>{escape(example.held_out[:8])}</code></span>{theirs}</div>{shared}</div>"
         )
-        if example.shared:
-            pairs.append(f'<p class="shared"><small>both have</small> {said(example.shared)}</p>')
     told = f"{escape(what)}: {len(examples)} of {rows:,}, side by side"
     return f"<details><summary>{told}</summary>{''.join(pairs)}</details>"
 

@@ -49,7 +49,7 @@ tr:last-child td { border-bottom: 0; }
 .num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; padding-right: 0;
   padding-left: .75rem; }
 table.narrow { width: auto; min-width: min(100%, 30rem); }
-table.bars td:nth-child(2) { width: 45%; }
+table.bars td:first-child { white-space: nowrap; } table.bars td:nth-child(2) { width: 100%; }
 .bar { display: block; min-width: 3rem; } .bar i { display: block; height: .7rem; background: var(--fill);
   border-radius: 2px; min-width: 2px; }
 .histogram { margin: .25rem 0 .75rem; }
@@ -76,11 +76,11 @@ details { margin: .5rem 0 0; } summary { cursor: pointer; color: var(--link); fo
 .cluster { margin: .6rem 0; padding-left: .75rem; border-left: 3px solid var(--line); font-size: .9rem; }
 .cluster ol { margin: .15rem 0; padding: 0; list-style: none; } .cluster li { margin: .15rem 0; }
 .cluster code, .two code { color: var(--dim); margin-right: .5rem; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: 2px .75rem;
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 2px .75rem;
   margin: .6rem 0; font-size: .9rem; }
 .two div { background: var(--paper); border-radius: 6px; padding: .5rem .7rem; }
-.shared { margin: .1rem .7rem .7rem; }
 .two span { display: block; font-size: .8rem; color: var(--dim); margin-bottom: .15rem; }
+.two .shared { grid-column: 1 / -1; border-left: 3px solid var(--leak); }
 .two .held { border-left: 3px solid var(--held); } .two .train { border-left: 3px solid var(--train); }
 article { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; margin: .8rem 0;
   overflow: hidden; }
@@ -105,6 +105,8 @@ article header b.held_out { color: var(--held); }
 .b { border: 1px dotted currentColor; border-radius: 3px; padding: 0 .2em; margin: 0 .1em; font-size: .72em;
   font-style: normal; unicode-bidi: isolate; }
 @media (max-width: 34rem) { body { padding: 1.25rem .75rem 3rem; } section { padding: .9rem .9rem 1rem; }
-  .tiles { grid-template-columns: repeat(2, 1fr); } .tile b { font-size: 1.25rem; } .plot { height: 10rem; } }
+  .tiles { grid-template-columns: repeat(2, 1fr); } .tile b { font-size: 1.25rem; } .plot { height: 10rem; }
+  table { font-size: .85rem; } th, th.num { white-space: normal; } th, td { padding-right: .4rem; }
+  .num { padding-left: .4rem; padding-right: 0; } .bar { min-width: 1.5rem; } .two { grid-template-columns: 1fr; } }
 @media print { body { background: none; } section { break-inside: avoid; } .text { max-height: none; } }
 """
