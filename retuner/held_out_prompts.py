@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Sequence
 from itertools import dropwhile, groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic_core import to_json
 
 from retuner.chat_lines import Chat, ChatLines
 from retuner.row_memo import Places, RowMemo
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def write_prompts(
@@ -30,7 +33,7 @@ def write_prompts(
     return count, too_long
 
 
-def _with_prompts(lines: ChatLines, rows: RowMemo, places: Places) -> Iterator[tuple[Chat, list[int]]]:
+def _with_prompts(lines: ChatLines, rows: RowMemo, places: Places) -> "Iterator[tuple[Chat, NDArray[Any]]]":
     """Each chat, and the ids of the prompt that asks for its last answer: those of the row before that answer,
     as `Renderer.encode_prompt` gives them."""
     import numpy as np
@@ -41,10 +44,10 @@ def _with_prompts(lines: ChatLines, rows: RowMemo, places: Places) -> Iterator[t
         rows.let_go()
         answers = tokens.offsets[:-1] + tokens.spans[tokens.span_offsets[1:] - 1, 0]
         for chat, start, answer in zip(chats, tokens.offsets.tolist(), answers.tolist(), strict=False):
-            yield chat, tokens.input_ids[start:answer].tolist()
+            yield chat, tokens.input_ids[start:answer]
 
 
-def _asked(members: Iterator[tuple[Chat, list[int]]], max_tokens: int) -> dict[str, Any] | None:
+def _asked(members: "Iterator[tuple[Chat, NDArray[Any]]]", max_tokens: int) -> dict[str, Any] | None:
     """The first prompt that fits, and the answers of all that share it to the last turn; None where none fits."""
     asked = None
     answers: dict[bytes, list[str]] = {}
@@ -54,7 +57,7 @@ def _asked(members: Iterator[tuple[Chat, list[int]]], max_tokens: int) -> dict[s
         if answer["content"] not in known:
             known.append(answer["content"])
         if asked is None and len(prompt_ids) <= max_tokens:
-            asked = {"messages": context, "prompt_ids": prompt_ids, "references": known}
+            asked = {"messages": context, "prompt_ids": prompt_ids.tolist(), "references": known}
     return asked
 
 

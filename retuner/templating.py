@@ -26,6 +26,7 @@ from retuner.row_memo import MISSING, Places, RowMemo
 from retuner.template_side import Side, chat_name
 from retuner.templating_ahead import Batches, Helped, TemplatingAhead
 from retuner.token_rows import TokenRows
+from retuner.words import CHECKED_CHARACTERS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -197,11 +198,20 @@ class ReferenceCheck:
         self._check(lines.read(np.unique(np.array(wanted, np.int64))))
 
     def _check(self, chats: Sequence[Chat]) -> None:
+        chats = [_beginning(chat) for chat in chats]
         for chat, row in zip(chats, _encode(self.renderer, chats), strict=True):
             with _named(chat):
                 self.renderer.check(chat["messages"], row.input_ids)
             self.roles.add("\n".join(message["role"] for message in chat["messages"]))
         self.checked += len(chats)
+
+
+def _beginning(chat: Chat) -> Chat:
+    """Each message up to CHECKED_CHARACTERS."""
+    messages = [
+        {**message, "content": message["content"][:CHECKED_CHARACTERS]} for message in chat["messages"]
+    ]
+    return {**chat, "messages": messages}
 
 
 @contextmanager

@@ -52,7 +52,9 @@ NOT_BEFORE_A_CUT = frozenset({*WHITE_SPACE, *map(chr, UNSAFE_ASCII), "\u180e", "
 NO, YES, ASK = 0, 1, 2
 
 CHECKED_TEXTS = 256
-"""How many of the first texts are tokenised whole too, for comparison."""
+"""How many of the first texts are tokenised whole too, for comparison,"""
+CHECKED_CHARACTERS = 2**17
+"""up to so many characters: a tokenizer takes some hundred bytes for each token."""
 MOST_UNITS = 200_000
 MOST_UNIT_BYTES = 16 << 20
 """Above either, all units are forgotten before the next texts, so that memory is bounded."""
@@ -195,11 +197,11 @@ class Words:
             self.forget()
         codes, counts = self._look_up(texts)
         if self._to_check:
-            checked = texts[: self._to_check]
+            checked = [text[:CHECKED_CHARACTERS] for text in texts[: self._to_check]]
             self._to_check -= len(checked)
-            whole = self.plain.encode_batch_fast(list(checked), add_special_tokens=False)
+            whole = self.plain.encode_batch_fast(checked, add_special_tokens=False)
             ids = list(chain.from_iterable(encoding.ids for encoding in whole))
-            if not np.array_equal(self.tokens(codes[: counts[: len(checked)].sum()])[0], ids):
+            if not np.array_equal(self.tokens(self._look_up(checked)[0])[0], ids):
                 self.rule, self._to_check = Rule(self.plain), 0
                 self.forget()
                 return self._look_up(texts)

@@ -20,7 +20,7 @@ from retuner.params import TemplateParams, TinyBase
 from retuner.rendering import Renderer
 from retuner.templating import template
 from retuner.token_rows import IGNORE
-from retuner.words import WHITE_SPACE
+from retuner.words import CHECKED_CHARACTERS, WHITE_SPACE
 
 SHARED = Path(__file__).parents[2] / "shared"
 PHI3 = SHARED / "phi3-tokenizer"
@@ -549,6 +549,22 @@ def test_a_refused_chat_is_named(tmp_path, tiny):
     ids=["early", "other roles"],
 )
 def test_a_template_that_looks_into_the_text_is_caught_by_the_stage(tmp_path, tiny, odd_row):
+    train = [(f"g{number:03}", asked(f"Cow {number}?", "moo")) for number in range(100)]
+    train[odd_row[0]] = (f"g{odd_row[0]:03}", odd_row[1])
+    with pytest.raises(
+        Refused, match=f"chat {row_id('train', odd_row[0])} .*cannot be laid out piece by piece"
+    ):
+        run_stage(tmp_path, sly(tmp_path, tiny), train, [("i", asked("Size?", "big"))])
+
+
+def test_of_a_huge_message_the_beginning_is_compared(tmp_path, tiny):
+    huge = asked("A cat? " + "x y " * CHECKED_CHARACTERS, "meow")
+    with pytest.raises(Refused, match="cannot be laid out piece by piece"):
+        run_stage(tmp_path, sly(tmp_path, tiny), [("g", huge)], [("i", asked("Size?", "big"))])
+
+
+def sly(tmp_path: Path, tiny: Base) -> Base:
+    """A base whose template looks into the text."""
     folder = tmp_path / "sly"
     shutil.copytree(tiny.path, folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -556,12 +572,7 @@ def test_a_template_that_looks_into_the_text_is_caught_by_the_stage(tmp_path, ti
         "message['content']", "message['content'].replace('cat', 'dog')"
     )
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    train = [(f"g{number:03}", asked(f"Cow {number}?", "moo")) for number in range(100)]
-    train[odd_row[0]] = (f"g{odd_row[0]:03}", odd_row[1])
-    with pytest.raises(
-        Refused, match=f"chat {row_id('train', odd_row[0])} .*cannot be laid out piece by piece"
-    ):
-        run_stage(tmp_path, tiny.model_copy(update={"path": folder}), train, [("i", asked("Size?", "big"))])
+    return tiny.model_copy(update={"path": folder})
 
 
 def test_white_space_that_the_tokenizer_drops_is_said(tmp_path, tiny):
