@@ -58,7 +58,7 @@ class Near:
 
 
 def find_near(rows: Ordered, similarity: float, usable: Any, folder: Path) -> Near:
-    """Looks at usable rows that have words. Which pairs are met depends on the rows, not on the order they came in. `folder` is
+    """Looks at usable rows with words. Which pairs are met depends on the rows, not on their order. `folder` is
     for files on the way."""
     with closing(_Pairs(rows, folder)) as pairs:
         return _find_near(rows, similarity, usable & (rows.word_counts > 0), pairs)
