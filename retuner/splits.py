@@ -220,8 +220,15 @@ def _read(
     if len(refusals) == 1:
         raise refusals[0]
     if refusals:
-        lines = [f"  - {refusal.found} (do: {refusal.do})" for refusal in refusals]
-        raise Refused(f"{len(refusals)} files cannot be used:\n" + "\n".join(lines), refusals[0].expected)
+        lines = [
+            f"  - {refusal.found}\n    expected: {refusal.expected}\n    do: {refusal.do}"
+            for refusal in refusals
+        ]
+        raise Refused(
+            f"{len(refusals)} files cannot be used:\n" + "\n".join(lines),
+            "files of chats alone",
+            "see to each as said; prepare.files chooses which are read",
+        )
 
 
 def _add_earlier(rows: "Ordered", earlier: Sequence["EarlierSet"], reading: "Reading") -> None:
