@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ class _Shown:
         shared = {}
         if size := RUNS.get(kind):
             run = longest_shared(self._words(train), self._words(held_out), size)
-            shared = {"shared": _begin(b" ".join(run).decode())}
+            shared = {"shared": shorten(b" ".join(run).decode(), SHOWN_CHARACTERS, placeholder=" …")}
         return shared | {
             "train": self.id(train),
             "held_out": self.id(held_out),

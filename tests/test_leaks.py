@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
+from textwrap import shorten
 
 import pytest
 from prepare_stage import REAL_DATA, Stage, real_data, some_rows
@@ -136,7 +137,7 @@ def test_a_run_that_stands_in_more_than_ten_train_rows_is_a_stock_phrase_and_tol
         stage({"x.jsonl": tested + rows}, leaks=REPORT | settings, frozen=frozen(*tested))
         told = [stage.report["leaks"][kind] for kind in ("ngram_13", "ngram_8")]
         for example in [*told[0]["examples"], *told[0]["stock_phrases"]["examples"]]:
-            assert example["shared"] == run[:120].rstrip()
+            assert example["shared"] == shorten(run, 120, placeholder=" …")
         return {(each["rows"], each["stock_phrases"]["rows"]) for each in told}
 
     assert leaks(10) == {(10, 0)}
