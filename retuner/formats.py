@@ -51,21 +51,8 @@ PAIR_FORMATS = (
 """What `preference` stands for."""
 OTHER_KEYS = ("chosen", "rejected", "label", "kto_tag", "text")
 """By which a row of another kind is known."""
-MEANING = frozenset(
-    {
-        SYSTEM,
-        *MATERIAL,
-        "system_prompt",
-        "history",
-        "tools",
-        "functions",
-        "documents",
-        "image",
-        "images",
-        "audio",
-    }
-    | {"audios", "video", "videos"}
-)
+SHOWN_BESIDE = ("documents", "image", "images", "audio", "audios", "video", "videos")
+MEANING = frozenset({SYSTEM, *MATERIAL, "system_prompt", "history", "tools", "functions", *SHOWN_BESIDE})
 """Keys beside a conversation of which a model was told or shown something: read, or refused, and never passed over."""
 TURN_MEANING = ("reasoning_content", "reasoning", "thinking", "images", "audio")
 """Likewise in a turn."""
@@ -284,8 +271,8 @@ class Wanted:
         if not materials:
             return row[asks]
         if len(materials) > 1:
-            both = " and ".join(materials)
-            raise Problem("ambiguous_format", f"{both} both say what {asks} is about: drop one of them")
+            message = f"{' and '.join(materials)} both say what {asks} is about: drop one, or map it to null"
+            raise Problem("ambiguous_format", f"{message} in prepare.columns")
         return text(row[asks], asks) + "\n\n" + text(row[materials[0]], materials[0])
 
     def refuse_material(self, row: Mapping[str, Any]) -> None:
