@@ -76,7 +76,6 @@ def _find_near(rows: Ordered, similarity: float, usable: Any, pairs: "_Pairs") -
             _mark_leaks(compare, keys, members, train, leaks)
             sizes = np.searchsorted(keys, keys, "right") - np.searchsorted(keys, keys)
             crowded[members[sizes > WINDOW]] |= np.uint32(1 << band)
-        rows.let_go()
     for some in _portions(len(rows)):
         parents[some] = _roots(parents, np.arange(some.start, min(some.stop, len(rows))))
     return Near(parents, leaks)

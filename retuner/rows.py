@@ -4,7 +4,6 @@ A row is a head of fixed size, its words as 32-bit hashes, and its line of train
 lines stay where they were put when they came; heads are what is ordered.
 """
 
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ LEAN = np.dtype(HEAD.descr[:-1])
 PARTS = 256
 WAITING_BYTES = 2 * 2**20
 """Of what is put aside before it is ordered by part."""
-RUN_BYTES = 16 * 2**20
+RUN_BYTES = 4 * 2**20
 """Of what is sorted in memory at once."""
 CHUNK_ROWS = 2**15
 CHUNK_WORDS = 2**18
@@ -217,8 +216,6 @@ class Ordered:
         self.sides_file = (folder / "ordered.sides").open("w+b")
         self.words_file = (folder / "ordered.words").open("w+b")
         self.counts_file = (folder / "ordered.counts").open("w+b")
-        self.mapped: mmap.mmap | None = None
-        self.all_sketches: Any = np.zeros((0, BANDS), "<u4")
         self.sides: Any = None
         self.words_at: Any = None
         self.word_counts: Any = None
@@ -245,9 +242,6 @@ class Ordered:
         self.as_they_lie = np.argsort(self.words_at).astype(np.int32)
         self.sides = np.fromfile(self.sides_file.name, "<u2")
         self.word_counts = np.fromfile(self.counts_file.name, "<u4")
-        if len(self):
-            self.mapped = mmap.mmap(self.sketches_file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.all_sketches = np.frombuffer(self.mapped, "<u4").reshape(-1, BANDS)
 
     def __len__(self) -> int:
         return len(self.sides)
@@ -269,13 +263,12 @@ class Ordered:
             yield row, np.frombuffer(_records(self.bands_files[band], row, count, 4), "<u4")
 
     def sketches(self, rows: Any) -> Any:
-        """(rows, BANDS) of the rows that are numbered."""
-        return self.all_sketches[rows]
-
-    def let_go(self) -> None:
-        """Memory of sketches counts as ours once they were looked at; it comes back when they are again."""
-        if self.mapped:
-            self.mapped.madvise(mmap.MADV_DONTNEED)
+        """(rows, BANDS) of the rows that are numbered, whose numbers rise. Read and not mapped: a page that is touched
+        brings fifteen others along, and all of them would count as ours."""
+        begins = np.asarray(rows, np.int64) * BANDS * 4
+        return np.frombuffer(_gathered(self.sketches_file, begins, begins + BANDS * 4), "<u4").reshape(
+            -1, BANDS
+        )
 
     def words(self, rows: Any) -> tuple[Any, Any]:
         """The words of the rows that are numbered, and how many each has."""
@@ -292,7 +285,6 @@ class Ordered:
                 yield numbers[some], *self.words(numbers[some])
 
     def close(self) -> None:
-        self.all_sketches = self.mapped = None
         for file in self._files:
             file.close()
 
