@@ -148,8 +148,7 @@ def _told(facts: SplitsFacts, counts: "Counts", apart: "Separation", params: Pre
     for bad in counts.bad_rows[:SHOWN_ROWS]:
         yield f"set aside: {bad.where} {bad.cause}: {bad.message}"
     if counts.rejected.total() > SHOWN_ROWS:
-        causes = ", ".join(f"{cause} {count:,}" for cause, count in counts.rejected.most_common())
-        yield f"set aside, by cause: {causes}"
+        yield f"set aside, by cause: {_causes(counts)}"
     if any(facts.redacted.values()):
         yield "redacted: " + ", ".join(f"{kind} {count:,}" for kind, count in facts.redacted.items() if count)
     leaks = [

@@ -190,11 +190,13 @@ NEIGHBOURS = {
 @pytest.mark.parametrize("is_array", [False, True])
 def test_a_bad_row_is_set_aside_with_its_cause_and_its_neighbours_are_read(tmp_path, name, is_array):
     content, cause = TURNS[name]
-    if is_array and cause == "too_deep" and not content.endswith(b"}"):
-        pytest.skip("an element of an array that stays open takes in the ones after it")
     good = next((row for key, row in NEIGHBOURS.items() if key in content), GOOD)
     opening, between, closing = (b"[", b",\n", b"]") if is_array else (b"", b"\n", b"\n")
     lines = opening + between.join([good, content, good]) + closing
+    if is_array and name == "opened too deep":  # an element that stays open takes in the ones after it
+        with pytest.raises(Refused, match=r"x\.json:2:1 .*\(truncated\)"):
+            read(tmp_path, "x.json", lines)
+        return
     before, bad, after = read(tmp_path, "x.json" if is_array else "x.jsonl", lines)
     assert isinstance(before, Chat) and isinstance(after, Chat)
     assert isinstance(bad, BadRow)
